@@ -1,0 +1,41 @@
+# make targets; `make` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ACCELERATE ?= $(if $(shell command -v nvidia-smi),single,cpu)
+LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE).yaml
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart sft rm dpo test lint format perf
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(BIN)/accelerate: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+install: $(BIN)/accelerate  ## make .venv with everything
+
+quickstart: install  ## train SmolLM2-135M on this machine: SFT, then a reward model and DPO
+	$(BIN)/python -m tunebook.quickstart
+
+sft rm dpo: install  ## make sft RECIPE=recipes/... [ACCELERATE=zero3] [ARGS="--key value"]
+	@test -n "$(RECIPE)" || { echo "Name a recipe: make $@ RECIPE=recipes/quickstart/$@.yaml" >&2; exit 2; }
+	$(LAUNCH) src/$@.py --config $(RECIPE) $(ARGS)
+
+test: install  ## the whole suite: offline, no GPU
+	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: install  ## check style; changes nothing
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## mend style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+perf: install  ## speed against TRL's own scripts, side by side
+	$(BIN)/python perf/compare.py

@@ -1,0 +1,159 @@
+"""Variable-length attention over one packed row, for every model that uses transformers' AttentionInterface.
+
+The documents of a row are told apart by `cu_seq_lens_q`, `cu_seq_lens_k`, `max_length_q` and `max_length_k`, which are
+transformers' names and what TRL's padding-free collator returns. A document may have more keys than queries, its first
+keys being another document's (`key_index`); it is causal from the lower right corner, as in flash-attn.
+"""
+
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.utils import is_flash_attn_2_available
+
+NAME = "varlen"
+
+
+def varlen_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    cu_seq_lens_k: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    max_length_k: int | None = None,
+    key_index: torch.Tensor | None = None,
+    **kwargs,
+) -> tuple[torch.Tensor, None]:
+    """
+    Attention of each document of a packed row to itself, causal; transformers' `sdpa` where no documents are given
+    (generation, padded batches).
+
+    Args:
+        query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim).
+        attention_mask: ignored for a packed row.
+        sliding_window: number of keys that a query sees, itself included.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, https://arxiv.org/abs/2408.00118, section 2).
+        cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, where the queries and the keys of each document start.
+        key_index: (cu_seq_lens_k[-1],) the tokens that are each document's keys, one document after the other; None
+            means that each document's keys are its own tokens.
+
+    Returns:
+        (1, tokens, heads, head_dim), and None in place of the attention weights.
+    """
+    if cu_seq_lens_q is None:
+        if softcap is None:
+            return sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+        if attention_mask is None and (length := query.shape[2]) > 1:  # what sdpa calls is_causal
+            key, value = key[:, :, :length], value[:, :, :length]
+            attention_mask = _causal_mask(length, length, None, query.device)
+        return _softcap_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
+
+    if key_index is not None:
+        key, value = key[:, :, key_index], value[:, :, key_index]
+    if query.is_cuda and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        # Rotary embeddings leave float32 under autocast, which no flash kernel takes
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+
+    half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if half and (softcap is None or is_flash_attn_2_available()):
+        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
+        window = (-1 if sliding_window is None else sliding_window - 1, 0)
+        if is_flash_attn_2_available():
+            from flash_attn import flash_attn_varlen_func
+
+            output = flash_attn_varlen_func(
+                *rows, *lengths, softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0
+            )
+        else:
+            output = varlen_attn(*rows, *lengths, scale=scaling, window_size=window, enable_gqa=True)
+        return output[None], None
+
+    outputs = []
+    boundaries = zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist()), strict=True)
+    for (q_start, q_end), (k_start, k_end) in boundaries:
+        document = query[:, :, q_start:q_end], key[:, :, k_start:k_end], value[:, :, k_start:k_end]
+        queries, keys = q_end - q_start, k_end - k_start
+        full = queries == keys and (sliding_window is None or keys <= sliding_window)
+        mask = None if full and softcap is None else _causal_mask(queries, keys, sliding_window, query.device)
+        if softcap is None:
+            output = F.scaled_dot_product_attention(
+                *document, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
+        else:
+            output = _softcap_attention(*document, mask, scaling, softcap)
+        outputs.append(output)
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """(queries, keys), True where a query sees a key; the last query is aligned with the last key."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    return seen if window is None else seen.triu(keys - queries - window + 1)
+
+
+def _softcap_attention(query, key, value, mask, scaling, softcap):
+    groups = query.shape[1] // key.shape[1]
+    scores = query @ repeat_kv(key, groups).transpose(2, 3) * scaling
+    scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return scores.softmax(dim=-1, dtype=torch.float32).to(query.dtype) @ repeat_kv(value, groups)
+
+
+AttentionInterface.register(NAME, varlen_attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def set_varlen_attention(model: PreTrainedModel) -> None:
+    """
+    Make `model` attend with `varlen_attention`.
+
+    Raises:
+        ValueError: what the model does cannot be done by a kernel that gets documents instead of a mask.
+    """
+    name, config = type(model).__name__, model.config.to_dict()
+    other_layers = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
+    if model._is_stateful or other_layers:
+        raise ValueError(
+            f"packing: {name} has layers that carry a state or mix tokens in another way than causal attention "
+            f"({', '.join(sorted(other_layers)) or 'state space, linear attention'}): documents in one row would see "
+            "each other. Set packing: false."
+        )
+    # transformers' flags say that attention goes through AttentionInterface, and that documents say all there is to
+    # know: no ALiBi, no positions counted from the mask, no mask that a layer computes
+    if not (model._supports_attention_backend and model._supports_flash_attn):
+        raise ValueError(
+            f"packing: {name} does not support variable-length attention: its positions (ALiBi, say) or its masks are "
+            "made for one document a row. Set packing: false."
+        )
+    if not model._supports_sdpa and "attn_logit_softcapping" not in config:
+        raise ValueError(f"packing: {name} has attention sinks, which this attention lacks. Set packing: false.")
+    if config.get("attention_dropout"):
+        raise ValueError(
+            f"packing: {name} has an attention_dropout of {config['attention_dropout']}, which variable-length "
+            "attention lacks. Set packing: false, or model_init_kwargs: {attention_dropout: 0.0}."
+        )
+    model.set_attn_implementation(NAME)
+    model.base_model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
+
+
+def _drop_mask(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    # transformers takes a 4-D mask as it is; without one it would build tokens x tokens from the positions
+    if kwargs.get("cu_seq_lens_q") is not None:
+        kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    return args, kwargs

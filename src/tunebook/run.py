@@ -1,0 +1,149 @@
+"""What the three scripts share: [`prepare`] before the trainer is built, [`fit`] after."""
+
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from . import checkpoints
+from .configs import has_fast_bf16
+from .data import Data, fingerprint, load_data
+from .models import check_model, load_tokenizer
+from .recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+@dataclass
+class Run:
+    """What [`prepare`] settled: the tokenizer, the rows, where to go on from, and the record for the checkpoints."""
+
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    checkpoint: Path | None
+    record: dict[str, Any]
+
+
+def prepare(recipe: Recipe) -> Run:
+    """Everything before the model is loaded: log, seed, trackers, resolved recipe, tokenizer and data.
+
+    Raises:
+        RecipeError: for a model, tokenizer, data set or checkpoint that does not fit the recipe.
+    """
+    script_args, training_args, model_args = recipe.args
+    set_up_logging(training_args)
+    set_up_trackers(training_args)
+    set_seed(training_args.seed)
+    output_dir = Path(training_args.output_dir)
+    checkpoint = checkpoints.find_checkpoint(output_dir, training_args.resume_from_checkpoint)
+    model = model_args.model_name_or_path
+    check_model(model, model_args.model_revision, training_args.trust_remote_code)
+    tokenizer = load_tokenizer(
+        model,
+        model_args.model_revision,
+        training_args.trust_remote_code,
+        script_args.chat_template,
+        training_args.chat_template_path,
+        training_args.eos_token,
+        distinct_pad=recipe.task == "rm",
+    )
+    log_resolved(recipe)
+    data = load_data(recipe.task, script_args, training_args, tokenizer)
+    record = {
+        "task": recipe.task,
+        "model": model,
+        "data": fingerprint(data.train),
+        "seed": training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        "recipe": recipe.given,
+        "rows": {split: str(report) for split, report in data.reports.items()},
+        "versions": {name: version(name) for name in VERSIONS},
+    }
+    if checkpoint is not None:
+        checkpoints.check_resume(checkpoint, record, training_args.force_resume)
+        logger.info("Going on from %s (resume_from_checkpoint: %s).", checkpoint, training_args.resume_from_checkpoint)
+    if PartialState().is_main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.given, sort_keys=False), encoding="utf-8")
+        data.write_report(output_dir / "data_report.json")
+    return Run(tokenizer, data, checkpoint, record)
+
+
+def set_up_logging(training_args) -> None:
+    """Our lines and the libraries' warnings, on rank 0 only."""
+    main = PartialState().is_main_process
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    logging.getLogger("tunebook").setLevel(logging.INFO if main else logging.ERROR)
+    transformers.logging.set_verbosity(training_args.get_process_log_level() if main else logging.ERROR)
+    if not main:
+        datasets.disable_progress_bars()
+
+
+def set_up_trackers(training_args) -> None:
+    """Weights & Biases reads its entity, project and group from the environment only."""
+    for name, value in {
+        "WANDB_ENTITY": training_args.wandb_entity,
+        "WANDB_PROJECT": training_args.wandb_project,
+        "WANDB_RUN_GROUP": training_args.wandb_run_group,
+    }.items():
+        if value is not None:
+            os.environ[name] = value
+
+
+def log_resolved(recipe: Recipe) -> None:
+    """What the recipe left open, and what it became, once."""
+    _, args, model_args = recipe.args
+    given = recipe.given
+    origin = "recipe" if "bf16" in given or "fp16" in given else "default"
+    if args.use_cpu and not has_fast_bf16():
+        if args.bf16:
+            logger.warning("bf16: true on a CPU without bf16 instructions: ~80x slower than float32 (1.6 against 136 GFLOP/s).")
+        elif origin == "default":
+            origin = "this CPU has no bf16 instructions"
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    logger.info("Precision: %s (%s), weights in %s.", precision, origin, model_args.dtype)
+    logger.info(
+        "Batch: %d rows a step = %d a device x %d processes x %d accumulated.",
+        args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        args.per_device_train_batch_size,
+        args.world_size,
+        args.gradient_accumulation_steps,
+    )
+
+
+def fit(trainer, run: Run) -> TrainOutput:
+    """Train (or go on), evaluate, and save what is needed to use the model: weights, tokenizer with template, generation
+    config, model card, metrics and the trainer's state."""
+    args = trainer.args
+    result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    trainer.log_metrics("train", result.metrics)
+    trainer.save_metrics("train", result.metrics)
+    trainer.save_state()
+    if args.do_eval:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+        if "calibrate_rewards" in vars(args) and args.calibrate_rewards:
+            trainer.calibrate()
+
+    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # off in training, wanted by who generates
+    trainer.save_model(args.output_dir)
+    trainer.create_model_card()
+    logger.info("The model is in %s.", args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.end()
+    return result

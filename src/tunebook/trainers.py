@@ -1,0 +1,294 @@
+"""TRL's trainers, on rows that are tokenized already, with exact resume, and with the objectives that TRL lacks."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import trl
+from datasets import Dataset
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from . import checkpoints
+from .packing import pack_causal_lm, pack_reward_model
+from .recipe import RecipeError
+
+
+class ExactResume:
+    """Mixin before a TRL trainer: complete checkpoints only, resumed at the sample where they stopped.
+
+    Args:
+        record: what the run is made of, for the checkpoints' manifests: model, data, seed, recipe.
+    """
+
+    def __init__(self, *args, record: Mapping[str, Any], **kwargs):
+        self.record = record
+        super().__init__(*args, **kwargs)
+
+    @property
+    def global_batch_size(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+    def _save_checkpoint(self, model, trial) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None  # ours to apply, once the new one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            output_dir = Path(self.args.output_dir)
+            epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
+            progress = {
+                "epoch": epoch,
+                "samples_in_epoch": step * self.global_batch_size,
+                "consumed_samples": self.state.global_step * self.global_batch_size,
+                "global_batch_size": self.global_batch_size,
+                "world_size": self.args.world_size,
+            }
+            folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            checkpoints.write_manifest(folder, {**self.record, **progress})
+            checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        """transformers goes on at the step's number. With another global batch size that is another sample: the step is
+        counted anew from the samples."""
+        self.steps_per_epoch = num_update_steps_per_epoch
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return position
+        manifest = checkpoints.read_manifest(Path(resume_from_checkpoint))
+        if manifest["global_batch_size"] == self.global_batch_size:
+            return position
+        steps, rest = divmod(manifest["samples_in_epoch"], self.global_batch_size)
+        if rest:
+            raise RecipeError(
+                f"{resume_from_checkpoint} stopped after {manifest['samples_in_epoch']} samples of the epoch, which is "
+                f"not a multiple of the new global batch size {self.global_batch_size}. Set global_batch_size: "
+                f"{manifest['global_batch_size']}, or a divisor of {manifest['samples_in_epoch']}."
+            )
+        self.state.global_step = manifest["epoch"] * num_update_steps_per_epoch + steps
+        return manifest["epoch"], steps * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
+            self.lr_scheduler.last_epoch = self.state.global_step - 1
+            self.lr_scheduler.step()
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(self.record_card())
+
+    def record_card(self) -> str:
+        recipe = "\n".join(f"{name}: {value}" for name, value in self.record["recipe"].items())
+        rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
+        return f"\n## Recipe\n\n```yaml\n{recipe}\n```\n\n## Data\n\n{rows}\n"
+
+
+@contextmanager
+def settled(args: Any, **values: Any) -> Iterator[None]:
+    """Set arguments for the time that TRL's constructor reads them. Template, EOS token and loss mask are settled with
+    the tokenizer and the rows; TRL 1.16 would settle them again, and refuse a mask on rows that are tokens already."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
+    try:
+        yield
+    finally:
+        vars(args).update(before)
+
+
+class SFTTrainer(ExactResume, trl.SFTTrainer):
+    """TRL's SFTTrainer; its loss scores the labelled positions only, and packed rows need no flash-attn."""
+
+    def __init__(self, *, args, **kwargs):
+        with settled(args, assistant_only_loss=False, chat_template_path=None, eos_token=None, model_init_kwargs=None):
+            super().__init__(args=args, **kwargs)
+        pack_causal_lm(self.model, packing=args.packing)
+
+    def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
+        return super()._prepare_dataset(dataset, processing_class, args, packing, *rest) if packing else dataset
+
+
+@dataclass
+class SubsetCollator(DataCollatorForPreference):
+    """TRL's collator, which keeps the number of each pair's subset."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if "subset" in examples[0]:
+            batch["subset"] = torch.tensor([example["subset"] for example in examples])
+        return batch
+
+
+class RewardTrainer(ExactResume, trl.RewardTrainer):
+    """TRL's RewardTrainer with the reward read at the last token of a row whatever the pad token is, the loss in
+    float32, a choice of losses, a margin that is asked for, the load-balancing loss of a mixture of experts, and exact
+    accuracy, overall and by subset, in evaluation."""
+
+    def __init__(self, *, args, processing_class, **kwargs):
+        collator = SubsetCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+        with settled(args, chat_template_path=None, eos_token=None, model_init_kwargs=None):
+            super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+        self.evaluated: list[torch.Tensor] = []
+        pack_reward_model(self.model, args.packing, args.share_prefix)
+
+    def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
+        return dataset
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "subset"]
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """-logsigmoid(r_c - r_r - margin), or log(1 + exp(r_r - r_c)), averaged over the pairs of the batch; plus
+        `center_rewards_coefficient` * (r_c + r_r)^2 (https://arxiv.org/abs/2312.09244) and
+        `router_aux_loss_coef` * the load-balancing loss."""
+        metrics = self._metrics["train" if model.training else "eval"]
+        args, margin, subset = self.args, inputs.pop("margin", 0.0), inputs.pop("subset", None)
+        if args.router_aux_loss_coef:
+            inputs["output_router_logits"] = True
+        outputs = model(**inputs, use_cache=False)
+        logits = outputs.logits.float() if args.fp32_loss else outputs.logits
+        chosen, rejected = logits.squeeze(-1).chunk(2)
+        if args.loss_type == "logexp":
+            loss = (1 + (rejected - chosen + margin).exp()).log().mean()
+        else:
+            loss = -F.logsigmoid(chosen - rejected - margin).mean()
+        if args.center_rewards_coefficient is not None:
+            loss = loss + args.center_rewards_coefficient * (chosen + rejected).pow(2).mean()
+        if args.router_aux_loss_coef:
+            loss = loss + args.router_aux_loss_coef * outputs.aux_loss
+            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss.detach()).mean().item())
+
+        if model.training:
+            self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
+        metrics["num_tokens"] = [self._total_train_tokens]
+        number = torch.zeros_like(chosen) if subset is None else subset.to(chosen.dtype)
+        pairs = self.accelerator.gather_for_metrics(torch.stack([chosen.detach(), rejected.detach(), number], dim=1))
+        rewards, difference = pairs[:, :2], pairs[:, 0] - pairs[:, 1]
+        metrics["min_reward"].append(rewards.min().item())
+        metrics["mean_reward"].append(rewards.mean().item())
+        metrics["max_reward"].append(rewards.max().item())
+        metrics["accuracy"].append((difference > 0).float().mean().item())
+        metrics["margin"].append(difference.mean().item())
+        if not model.training:
+            self.evaluated.append(pairs.float().cpu())
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(self, *args, **kwargs):
+        """TRL averages over batches; here every pair counts once, also in the last batch."""
+        self.evaluated.clear()
+        result = super().evaluation_loop(*args, **kwargs)
+        pairs = torch.cat(self.evaluated)
+        won, metrics = (pairs[:, 0] > pairs[:, 1]).float(), self._metrics["eval"]
+        metrics["accuracy"], metrics["margin"] = [won.mean().item()], [(pairs[:, 0] - pairs[:, 1]).mean().item()]
+        metrics["mean_reward"], metrics["std_reward"] = [pairs[:, :2].mean().item()], [pairs[:, :2].std().item()]
+        if "subset" in self.eval_dataset.column_names:
+            for number, name in enumerate(self.eval_dataset.features["subset"].names):
+                if (pairs[:, 2] == number).any():
+                    metrics[f"accuracy_{name}"] = [won[pairs[:, 2] == number].mean().item()]
+        return result
+
+    def calibrate(self) -> None:
+        """Write mean and std of the rewards of the last evaluation into the model's config, under OpenRLHF's names."""
+        rewards = torch.cat(self.evaluated)[:, :2]
+        config = self.accelerator.unwrap_model(self.model).config
+        config.mean, config.std = rewards.mean().item(), max(rewards.std().item(), 1e-8)
+
+
+class DPOTrainer(ExactResume, trl.DPOTrainer):
+    """TRL's DPOTrainer with three terms that it lacks, beside all of its own losses:
+
+    cDPO (https://ericmitchell.ai/cdpo.pdf), `label_smoothing` e with sigmoid: -(1-e) logsigmoid(x) - e logsigmoid(-x),
+    x = beta * delta. TRL's `robust` loss with the label smoothing -e/(1-2e) is the same function.
+    IPO on sums (https://arxiv.org/abs/2310.12036, eq. 17), `ipo_reduction: sum`: (delta - 1/(2 beta))^2, where TRL divides
+    each side's log-ratio by its number of tokens.
+    `nll_loss_coef` * the negative log-likelihood of the chosen side, mean over its tokens, then over the pairs (Llama 3,
+    https://arxiv.org/abs/2407.21783, section 4.1.4).
+
+    delta is the log-ratio of policy and reference summed over the chosen tokens, less the same for the rejected ones.
+    """
+
+    def __init__(self, *, args, ref_model=None, **kwargs):
+        self.patched = False
+        with settled(args, model_init_kwargs=None):
+            super().__init__(args=args, ref_model=ref_model, **kwargs)
+        self._patch_forwards()
+        if "sigmoid" in self.loss_types and args.label_smoothing:
+            self.loss_types = ["robust" if name == "sigmoid" else name for name in self.loss_types]
+            self.label_smoothing = -args.label_smoothing / (1 - 2 * args.label_smoothing)
+        self.ipo_sum_weight = 0.0
+        if args.ipo_reduction == "sum":
+            weights = zip(self.loss_types, self.loss_weights, strict=True)
+            self.ipo_sum_weight = sum(weight for name, weight in weights if name == "ipo")
+            self.loss_weights = [0.0 if n == "ipo" else w for n, w in zip(self.loss_types, self.loss_weights, strict=True)]
+
+    def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
+        return dataset
+
+    def _patch_forwards(self) -> None:
+        """Once TRL has put its fused head on both models; its constructor may already run the reference."""
+        if not self.patched:
+            self.patched = True
+            for model in filter(None, (self.model, self.ref_model)):
+                model = self.accelerator.unwrap_model(model)
+                pack_causal_lm(model, self.args.packing, self.args.share_prefix, self.args.truncation_mode)
+
+    def _precompute_ref_logps(self, *args) -> Dataset:
+        self._patch_forwards()
+        return super()._precompute_ref_logps(*args)
+
+    @contextmanager
+    def reference(self) -> Iterator[torch.nn.Module]:
+        """The reference model, on the device for the time of its pass where `ref_offload` keeps it on the CPU."""
+        moves = self.args.ref_offload and not self.is_deepspeed_enabled
+        if moves:
+            self.ref_model.to(self.accelerator.device)
+        yield self.ref_model or self.model
+        if moves:
+            self.ref_model.to("cpu")
+
+    def _compute_loss(self, model, inputs, return_outputs):
+        """TRL's loss and metrics, with the reference computed here, and what the policy returned kept for our terms."""
+        if not self.precompute_ref_logps:
+            with self.reference() as reference:
+                chosen, rejected = self.compute_ref_log_probs(reference, inputs)
+            inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+        policy = []
+
+        def recorded(*args, **kwargs):
+            policy.append(model(*args, **kwargs))
+            return policy[0]
+
+        with settled(self, precompute_ref_logps=True):
+            result = super()._compute_loss(recorded, inputs, return_outputs)
+        loss, outputs = result if return_outputs else (result, None)
+        loss = loss + self._added_terms(policy[0].log_probs, inputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _added_terms(self, logps: torch.Tensor, inputs: dict[str, torch.Tensor]) -> torch.Tensor | float:
+        """`logps`: (2B, L - 1), chosen first, 0 where there is no label."""
+        mode = "train" if self.model.training else "eval"
+        added = 0.0
+        if self.ipo_sum_weight:
+            chosen, rejected = logps.sum(dim=1).chunk(2)
+            delta = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])
+            added = added + self.ipo_sum_weight * (delta - 1 / (2 * self.beta)).pow(2).mean()
+        if self.args.nll_loss_coef:
+            tokens = inputs["completion_mask"][:, 1:].sum(dim=1).chunk(2)[0].clamp(min=1)
+            nll = (-logps.chunk(2)[0].sum(dim=1) / tokens).mean()
+            added = added + self.args.nll_loss_coef * nll
+            self._metrics[mode]["nll_loss"].append(self.accelerator.gather_for_metrics(nll.detach()).mean().item())
+        return added

@@ -1,0 +1,131 @@
+"""Tiny models and data that every test can use: offline, no token, no GPU."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "src"))
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+import torch  # noqa: E402
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
+from tokenizers.decoders import ByteLevel  # noqa: E402
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+
+CORPUS = ["the quick brown fox jumps over the lazy dog", "what is two plus three? five. one and four make five too."]
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def caches(tmp_path_factory):
+    """No test reads or writes the user's caches."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
+    os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)
+    datasets.disable_progress_bars()
+    torch.set_num_threads(1)
+
+
+def build_tokenizer(special=("<pad>", "<|im_start|>", "<|im_end|>"), template: str | None = TEMPLATE):
+    """Byte-level BPE trained on a few words; EOS and pad are the last and the first special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=list(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=special[-1], pad_token=special[0])
+    fast.chat_template = template
+    return fast
+
+
+def build_model(vocab_size: int, **changes) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+    )
+    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory, tokenizer) -> Path:
+    """A folder with a random Llama of 2 layers and its tokenizer with ChatML."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    build_model(len(tokenizer)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def question(i: int) -> str:
+    return f"what is {i} plus {i % 7}?"
+
+
+@pytest.fixture(scope="session")
+def sft_rows(tmp_path_factory) -> Path:
+    """48 prompts and completions of different lengths."""
+    rows = [{"prompt": question(i) + " ", "completion": "five " * (1 + i % 5) + str(i)} for i in range(48)]
+    return write_rows(tmp_path_factory.mktemp("data") / "sft.jsonl", rows)
+
+
+@pytest.fixture(scope="session")
+def pair_rows(tmp_path_factory) -> Path:
+    """48 preference pairs of different lengths, with a margin and a subset."""
+    rows = [
+        {
+            "prompt": question(i) + " ",
+            "chosen": "five " * (1 + i % 5) + "good",
+            "rejected": "one " * (1 + i % 3) + "bad",
+            "margin": i % 4 / 2,
+            "subset": "easy" if i % 3 else "hard",
+        }
+        for i in range(48)
+    ]
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, timeout: int = 300, **popen):
+    """`accelerate launch src/SCRIPT.py ARGUMENTS` as a user would; returns the finished process."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{config}.yaml"]
+    command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), f"src/{script}.py"]
+    command += [str(argument) for argument in arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **popen)
+
+
+def options(recipe: dict) -> list[str]:
+    """A recipe's keys as command-line arguments."""
+    return [part for name, value in recipe.items() for part in (f"--{name}", json.dumps(value) if not isinstance(value, str) else value)]

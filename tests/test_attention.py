@@ -1,0 +1,138 @@
+"""The variable-length attention against a dense attention in float64, and the models that it refuses."""
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tunebook.attention import set_varlen_attention, varlen_attention
+
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
+def dense_attention(query, key, value, seen, scaling, softcap):
+    """(heads, tokens, head_dim), one query after the other, in float64."""
+    groups = query.shape[0] // key.shape[0]
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    for head in range(query.shape[0]):
+        for token in range(query.shape[1]):
+            keys = key[head // groups, seen[token]].double()
+            scores = keys @ query[head, token].double() * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            output[head, token] = torch.softmax(scores, 0) @ value[head // groups, seen[token]].double()
+    return output
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=4),
+    heads=st.sampled_from([(2, 2), (4, 2), (6, 1)]),
+    window=st.sampled_from([None, 1, 3, 50]),
+    softcap=st.sampled_from([None, 2.0]),
+    scaling=st.sampled_from([0.3, 1.0]),
+)
+def test_each_token_sees_its_document_and_the_keys_lent_to_it(documents, heads, window, softcap, scaling):
+    """`documents`: own tokens, and how many of the row's first tokens come before them as keys."""
+    torch.manual_seed(0)
+    tokens = sum(own for own, _ in documents)
+    query = torch.randn(1, heads[0], tokens, 4)
+    key, value = torch.randn(2, 1, heads[1], tokens, 4)
+    key_index, seen, start = [], [], 0
+    for own, lent in documents:
+        keys = list(range(min(lent, start)))  # the row's first tokens
+        for token in range(start, start + own):
+            keys = [*keys, token]
+            seen.append(keys[-window:] if window else keys)
+        key_index.append(keys)
+        start += own
+    q_lengths, k_lengths = [own for own, _ in documents], [len(keys) for keys in key_index]
+    output, _ = varlen_attention(
+        nn.Identity(),
+        query,
+        key,
+        value,
+        None,
+        scaling=scaling,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=torch.tensor([0, *q_lengths]).cumsum(0).int(),
+        cu_seq_lens_k=torch.tensor([0, *k_lengths]).cumsum(0).int(),
+        max_length_q=max(q_lengths),
+        max_length_k=max(k_lengths),
+        key_index=torch.tensor(sum(key_index, [])),
+    )
+    expected = dense_attention(query[0], key[0], value[0], seen, scaling, softcap)
+    torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_padded_batches_and_generation_are_what_they_were(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    ids, mask = torch.randint(1, 64, (2, 7)), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+    def outputs():
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        return logits, model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    logits, generated = outputs()
+    set_varlen_attention(model)
+    patched_logits, patched_generated = outputs()
+    real = mask.bool()
+    torch.testing.assert_close(patched_logits[real], logits[real], rtol=1e-5, atol=1e-6)
+    assert torch.equal(patched_generated, generated)
+
+
+def test_the_attention_is_not_written_into_a_checkpoint(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    set_varlen_attention(model)
+    model.save_pretrained(tmp_path)
+    assert "varlen" not in (tmp_path / "config.json").read_text()
+
+
+REFUSED = {
+    "state space": (transformers.MambaForCausalLM, transformers.MambaConfig, dict(state_size=4), "state space"),
+    "linear attention": (
+        transformers.Qwen3NextForCausalLM,
+        transformers.Qwen3NextConfig,
+        dict(
+            layer_types=["linear_attention", "full_attention"],
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        ),
+        "linear_attention",
+    ),
+    "convolution": (
+        transformers.Lfm2ForCausalLM,
+        transformers.Lfm2Config,
+        dict(layer_types=["conv", "full_attention"], num_key_value_heads=1),
+        "conv",
+    ),
+    "ALiBi": (transformers.BloomForCausalLM, transformers.BloomConfig, dict(n_head=2, n_layer=1), "ALiBi"),
+    "attention sinks": (
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        dict(num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=1, head_dim=8),
+        "attention sinks",
+    ),
+    "attention dropout": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        dict(attention_dropout=0.1),
+        "attention_dropout of 0.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_packing_would_change_is_refused_by_name(case):
+    model_class, config_class, changes, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=f"packing: {model_class.__name__}.*{reason}.*packing: false"):
+        set_varlen_attention(model_class(config_class(**{**SIZES, **changes})))
