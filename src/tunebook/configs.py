@@ -65,6 +65,13 @@ class ModelConfig(trl.ModelConfig):
         None, "Train the top N layers, the final norm and the head only. Default: every layer."
     )
 
+    def __post_init__(self):
+        modules = self.lora_target_modules
+        super().__post_init__()
+        # TRL 1.16 makes text of a list of one, for all-linear; PEFT takes text for a pattern of the module's whole path
+        if modules is not None and modules != ["all-linear"]:
+            self.lora_target_modules = modules
+
 
 @dataclass
 class RewardModelConfig(ModelConfig):

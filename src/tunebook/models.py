@@ -155,8 +155,7 @@ def load_model(
         model.resize_token_embeddings(len(tokenizer))
         logger.warning("Embeddings resized to %d tokens: %s.", len(tokenizer), tokenizer.convert_ids_to_tokens(new_ids))
         if peft_config is not None:
-            embedding_name = next(n for n, m in model.named_modules() if m is model.get_input_embeddings())
-            peft_config.trainable_token_indices = {embedding_name.split(".")[-1]: new_ids}
+            train_new_tokens(model, peft_config)
     text_config = model.config.get_text_config()
     text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if model.can_generate():
@@ -165,6 +164,15 @@ def load_model(
     if model_args.num_layers_unfrozen is not None:
         freeze_layers(model, model_args.num_layers_unfrozen)
     return model
+
+
+def train_new_tokens(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+    """Train embeddings and head as a whole beside the adapter, or new tokens would keep their random start. PEFT can
+    train single rows of an embedding, but TRL's fused head (trl 1.16) cannot read a head that is tied to such rows."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    names = {name.split(".")[-1] for name, module in model.named_modules() if any(module is m for m in modules)}
+    peft_config.modules_to_save = sorted(names | set(peft_config.modules_to_save or []))
+    peft_config.ensure_weight_tying = True
 
 
 def load_reference(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
@@ -187,7 +195,8 @@ def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, known: int | list[int] |
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         after = tokenizer(text[text.rindex("!") + 1 :], add_special_tokens=False)["input_ids"]
-        ids += [token for token in after[:1] if token in tokenizer.all_special_ids]
+        added = tokenizer.added_tokens_decoder
+        ids += [token for token in after[:1] if token in added and added[token].special]
     return list(dict.fromkeys(ids))
 
 

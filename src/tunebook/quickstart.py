@@ -1,9 +1,11 @@
 """SmolLM2-135M-Instruct, the model of the quickstart, from a package on PyPI: no Hub, no account.
 
-python -m tunebook.quickstart OUT
+python -m tunebook.quickstart model OUT
+python -m tunebook.quickstart results MODEL RUNS DATA
 """
 
 import argparse
+import json
 import logging
 import tempfile
 from importlib.metadata import PackageNotFoundError, distribution
@@ -11,6 +13,9 @@ from pathlib import Path
 
 import torch
 import transformers
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
@@ -72,14 +77,62 @@ def verify(folder: Path, expected: LlamaForCausalLM) -> None:
         raise RuntimeError(f"the model saved in {folder} does not give the logits of {GGUF_FILE}")
 
 
+@torch.inference_mode()
+def answer(folder: Path, questions: list[str]) -> list[str]:
+    """A model's most likely answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for question in questions:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=80, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(output, skip_special_tokens=True).strip())
+    return answers
+
+
+def show_results(model: Path, runs: Path, data: Path) -> None:
+    """Answers before and after SFT, held-out pairs before and after the reward model and DPO, and what to do next."""
+    console = Console()
+    rows = (data / "sft_test.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(row)["messages"][0]["content"] for row in rows[:3]]
+    table = Table("question", "before", "after SFT", title="Held-out questions", show_lines=True)
+    for row in zip(questions, answer(model, questions), answer(runs / "sft", questions), strict=True):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+    table = Table("", "pair accuracy", "margin", title="Held-out preferences, before -> after")
+    for task, accuracy, margin in (
+        ("reward model", "eval_accuracy", "eval_margin"),
+        ("DPO", "eval_rewards/accuracies", "eval_rewards/margins"),
+    ):
+        state = json.loads((runs / ("rm" if task == "reward model" else "dpo") / "trainer_state.json").read_text())
+        log = [entry for entry in state["log_history"] if accuracy in entry]
+        table.add_row(task, *(f"{log[0][name]:.3f} -> {log[-1][name]:.3f}" for name in (accuracy, margin)))
+    console.print(table)
+    console.print(
+        f"The models are in {runs}/sft, {runs}/rm and {runs}/dpo, each with its recipe.yaml and model card.\n"
+        "Next: copy recipes/quickstart/sft.yaml, set dataset_name to your own file, and\n"
+        "  make sft RECIPE=path/to/your.yaml"
+    )
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct to a folder.")
-    parser.add_argument("out", type=Path, help="the folder to write")
-    out = parser.parse_args().out
+    parser = argparse.ArgumentParser(prog="python -m tunebook.quickstart", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("model", help="write the model to a folder").add_argument("out", type=Path)
+    results = commands.add_parser("results", help="show what the three runs changed")
+    for name in ("model", "runs", "data"):
+        results.add_argument(name, type=Path)
+    arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()  # it warns of every metadata key of the file that it does not use
     try:
-        materialize(out)
+        if arguments.command == "model":
+            materialize(arguments.out)
+        else:
+            show_results(arguments.model, arguments.runs, arguments.data)
     except ModuleNotFoundError as error:
         parser.error(str(error))
 

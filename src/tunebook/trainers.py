@@ -80,6 +80,13 @@ class ExactResume:
         self.state.global_step = manifest["epoch"] * num_update_steps_per_epoch + steps
         return manifest["epoch"], steps * self.args.gradient_accumulation_steps
 
+    def _run_epoch(self, *args, **kwargs) -> None:
+        """transformers 5.23 trains a finished run of `max_steps` one step further each time it is started again."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
