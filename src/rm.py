@@ -4,11 +4,12 @@ accelerate launch --config_file configs/accelerate/zero3.yaml src/rm.py --config
 """
 
 import sys
+from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification
 from trl import get_peft_config
 
-from tunebook.models import load_model
+from tunebook.models import load_model, rename_head
 from tunebook.recipe import Recipe, parse_command_line, report_mistakes
 from tunebook.run import fit, prepare
 from tunebook.trainers import RewardTrainer
@@ -28,6 +29,8 @@ def main(recipe: Recipe) -> RewardTrainer:
         record=run.record,
     )
     fit(trainer, run)
+    if training_args.value_head_prefix != "score" and trainer.is_world_process_zero():
+        rename_head(Path(training_args.output_dir), training_args.value_head_prefix)
     return trainer
 
 

@@ -120,7 +120,13 @@ def free_port() -> int:
 
 def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, timeout: int = 300, **popen):
     """`accelerate launch src/SCRIPT.py ARGUMENTS` as a user would; returns the finished process."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{config}.yaml"]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        f"configs/accelerate/{config}.yaml",
+    ]
     command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), f"src/{script}.py"]
     command += [str(argument) for argument in arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **popen)
@@ -128,4 +134,8 @@ def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, tim
 
 def options(recipe: dict) -> list[str]:
     """A recipe's keys as command-line arguments."""
-    return [part for name, value in recipe.items() for part in (f"--{name}", json.dumps(value) if not isinstance(value, str) else value)]
+    return [
+        part
+        for name, value in recipe.items()
+        for part in (f"--{name}", json.dumps(value) if not isinstance(value, str) else value)
+    ]

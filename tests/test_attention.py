@@ -1,5 +1,8 @@
 """The variable-length attention against a dense attention in float64, and the models that it refuses."""
 
+import sys
+import types
+
 import pytest
 import torch
 import transformers
@@ -7,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from tunebook import attention
 from tunebook.attention import set_varlen_attention, varlen_attention
 
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
@@ -66,6 +70,66 @@ def test_each_token_sees_its_document_and_the_keys_lent_to_it(documents, heads, 
     )
     expected = dense_attention(query[0], key[0], value[0], seen, scaling, softcap)
     torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def packed_row(device="cpu", dtype=torch.float32):
+    """Two documents, the second with three of the first one's keys; eight query heads and two key heads."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64)
+    index = torch.tensor([*range(10), 0, 1, 2, *range(10, 16)])
+    lengths = dict(cu_seq_lens_q=torch.tensor([0, 10, 16]).int(), cu_seq_lens_k=torch.tensor([0, 10, 19]).int())
+    tensors = dict(query=query, key=key, value=torch.randn_like(key))
+    tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
+    lengths = {name: x.to(device) for name, x in (lengths | dict(key_index=index)).items()}
+    return tensors, dict(module=nn.Identity(), attention_mask=None, max_length_q=10, max_length_k=10, **lengths)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kernel", ["flash-attn", "torch"])
+def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, window, monkeypatch):
+    """The kernels by their documentation: (tokens, heads, head_dim), keys to the left, causal from the lower right."""
+
+    def documented(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size):
+        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max()) and window_size[1] == 0
+        seen = []
+        for q_start, q_end, k_start, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+            for left in range(q_end - q_start - 1, -1, -1):
+                last = int(k_end) - left
+                first = k_start if window_size[0] < 0 else max(int(k_start), last - 1 - window_size[0])
+                seen.append(list(range(first, last)))
+        heads = [x.detach().transpose(0, 1) for x in (query, key, value)]
+        return dense_attention(*heads, seen, scale, None).transpose(0, 1).float()
+
+    def flash_attn_varlen_func(*rows, softmax_scale, causal, window_size, softcap):
+        assert causal and softcap == 0
+        return documented(*rows, softmax_scale, window_size)
+
+    def varlen_attn(*rows, scale, window_size, enable_gqa):
+        assert enable_gqa
+        return documented(*rows, scale, window_size)
+
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: kernel == "flash-attn")
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    tensors, arguments = packed_row()
+    expected, _ = varlen_attention(**tensors, **arguments, scaling=0.2, sliding_window=window)
+    monkeypatch.setattr(attention, "_document_attention", attention._flash_attention)
+    output, _ = varlen_attention(**tensors, **arguments, scaling=0.2, sliding_window=window)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CUDA kernels with the CPU: no GPU here")
+@pytest.mark.parametrize("window", [None, 4])
+def test_cuda_equals_the_cpu(window):
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        tensors, arguments = packed_row(device, dtype)
+        output, _ = varlen_attention(**tensors, **arguments, scaling=0.1, sliding_window=window)
+        gradients = torch.autograd.grad(output.float().square().sum(), list(tensors.values()))
+        results.append([x.float().cpu() for x in (output, *gradients)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.05 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])

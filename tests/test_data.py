@@ -72,7 +72,10 @@ def test_a_broken_file_names_file_and_line(content, message, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"dataset_name": "ROWS", "prompt_column": "question"}, "there is no column 'question'. Columns: prompt, compl"),
+        (
+            {"dataset_name": "ROWS", "prompt_column": "question"},
+            "there is no column 'question'. Columns: prompt, compl",
+        ),
         ({"dataset_name": "ROWS", "dataset_train_split": "tran"}, 'Unknown split "tran". Should be one of'),
         ({"dataset_name": "./nowhere.jsonl"}, "no such file or folder"),
         ({"dataset_name": "ROWS", "messages_column": "prompt"}, "prompt is str, not list"),
@@ -98,8 +101,17 @@ def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
 
 def test_every_dropped_row_is_counted_by_reason_with_the_first_one(tmp_path, tokenizer):
     good = {"prompt": "a", "completion": "b"}
-    rows = [good, {"prompt": None, "completion": "x"}, {"prompt": "a", "completion": 3}, {"prompt": "a", "completion": ""}]
-    rows += [{"completion": "b"}, {"prompt": "one " * 80, "completion": "b"}, {"prompt": "a", "completion": "one " * 80}]
+    rows = [
+        good,
+        {"prompt": None, "completion": "x"},
+        {"prompt": "a", "completion": 3},
+        {"prompt": "a", "completion": ""},
+    ]
+    rows += [
+        {"completion": "b"},
+        {"prompt": "one " * 80, "completion": "b"},
+        {"prompt": "a", "completion": "one " * 80},
+    ]
     data = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=60)
     report = data.reports["train"]
     assert (report.read, report.kept, report.cut) == (7, 2, 1)
@@ -151,7 +163,10 @@ LAYOUTS = {
     "prompt and completion": [{"prompt": f"what is {i}? ", "completion": f"five {i}"} for i in range(5)],
     "text": [{"text": text} for text in CORPUS],
     "conversations": [{"messages": CHAT}, {"messages": LONGER}],
-    "prompted conversations": [{"prompt": LONGER[:3], "completion": LONGER[3:]}, {"prompt": CHAT[:1], "completion": CHAT[1:]}],
+    "prompted conversations": [
+        {"prompt": LONGER[:3], "completion": LONGER[3:]},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    ],
     "system turn": [{"messages": [{"role": "system", "content": "be brief"}, *CHAT]}],
 }
 
@@ -229,7 +244,9 @@ def test_columns_prompt_template_and_system_prompt(tmp_path, tokenizer):
 
 def test_sharegpt_turns_are_read(tmp_path, tokenizer):
     turns = [{"from": "human", "value": "two plus three?"}, {"from": "gpt", "value": "five."}]
-    ours = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "a.jsonl", [{"conversations": turns}])))
+    ours = load(
+        "sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "a.jsonl", [{"conversations": turns}]))
+    )
     same = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "b.jsonl", [{"messages": CHAT}])))
     assert ours.train[0] == same.train[0]
 

@@ -66,7 +66,11 @@ MISTAKES = [
     ("sft", {"dataset_name": None}, "`dataset_name` is missing"),
     ("sft", {"output_dir": None}, "`output_dir` is missing"),
     ("sft", {"model_name_or_path": None}, "`model_name_or_path` is missing"),
-    ("sft", {"dataset_name": None, "datasets": [{"path": "a", "weight": 1}]}, "datasets[0][weight]`: unexpected keyword"),
+    (
+        "sft",
+        {"dataset_name": None, "datasets": [{"path": "a", "weight": 1}]},
+        "datasets[0][weight]`: unexpected keyword",
+    ),
     ("sft", {"dataset_name": None, "datasets": [MIX[0], {"path": "b"}]}, "for every entry or for none"),
     ("sft", {"dataset_name": None, "datasets": [MIX[0], MIX[0] | {"probability": 0.2}]}, "do not add up to 1"),
     ("sft", {"dataset_name": None, "datasets": MIX, "dataset_config": "x"}, "set name and split in each entry"),

@@ -232,7 +232,10 @@ def test_a_model_without_template_gets_chatml_and_larger_embeddings(tmp_path):
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
     rows = write_rows(tmp_path / "r.jsonl", [{"messages": turns}] * 8)
     train(tmp_path / "m", rows, tmp_path / "o", max_steps=1, save_strategy="no")
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "o"), AutoTokenizer.from_pretrained(tmp_path / "o")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(tmp_path / "o"),
+        AutoTokenizer.from_pretrained(tmp_path / "o"),
+    )
     assert tokenizer.eos_token == "<|im_end|>" and "<|im_start|>" in tokenizer.chat_template
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) == len(bare) + 2
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
@@ -289,7 +292,9 @@ def test_neftune_changes_the_training(tiny, sft_rows, tmp_path):
 
 def test_the_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tokenizer, sft_rows):
     torch.manual_seed(0)
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    small = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
     config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, num_experts_per_tok=2, **small)
     MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
@@ -305,7 +310,12 @@ def test_no_token_reaches_a_file(tiny, sft_rows, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789secret")
     monkeypatch.chdir(tmp_path)
-    changes = {"report_to": ["wandb", "tensorboard"], "wandb_project": "p", "wandb_run_group": "g", "wandb_entity": "e"}
+    changes = {
+        "report_to": ["wandb", "tensorboard"],
+        "wandb_project": "p",
+        "wandb_run_group": "g",
+        "wandb_entity": "e",
+    }
     train(tiny, sft_rows, tmp_path / "o", max_steps=1, **changes)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("offline-run" in str(path) for path in files)

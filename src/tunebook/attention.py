@@ -5,8 +5,6 @@ transformers' names and what TRL's padding-free collator returns. A document may
 keys being another document's (`key_index`); it is causal from the lower right corner, as in flash-attn.
 """
 
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -68,28 +66,34 @@ def varlen_attention(
         # Rotary embeddings leave float32 under autocast, which no flash kernel takes
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
 
+    lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if half and (softcap is None or is_flash_attn_2_available()):
-        rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-        lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
-        window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        if is_flash_attn_2_available():
-            from flash_attn import flash_attn_varlen_func
+    flash = half and (softcap is None or is_flash_attn_2_available())
+    attend = _flash_attention if flash else _document_attention
+    return attend(query, key, value, lengths, scaling, sliding_window, softcap), None
 
-            output = flash_attn_varlen_func(
-                *rows, *lengths, softmax_scale=scaling, causal=True, window_size=window, softcap=softcap or 0.0
-            )
-        else:
-            output = varlen_attn(*rows, *lengths, scale=scaling, window_size=window, enable_gqa=True)
-        return output[None], None
 
+def _flash_attention(query, key, value, lengths, scaling, window, softcap):
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    window = (-1 if window is None else window - 1, 0)
+    if is_flash_attn_2_available():
+        from flash_attn import flash_attn_varlen_func
+
+        cap = 0.0 if softcap is None else softcap
+        return flash_attn_varlen_func(
+            *rows, *lengths, softmax_scale=scaling, causal=True, window_size=window, softcap=cap
+        )[None]
+    return varlen_attn(*rows, *lengths, scale=scaling, window_size=window, enable_gqa=True)[None]
+
+
+def _document_attention(query, key, value, lengths, scaling, window, softcap):
+    q_lengths, k_lengths = (starts.diff().tolist() for starts in lengths[:2])
     outputs = []
-    boundaries = zip(pairwise(cu_seq_lens_q.tolist()), pairwise(cu_seq_lens_k.tolist()), strict=True)
-    for (q_start, q_end), (k_start, k_end) in boundaries:
-        document = query[:, :, q_start:q_end], key[:, :, k_start:k_end], value[:, :, k_start:k_end]
-        queries, keys = q_end - q_start, k_end - k_start
-        full = queries == keys and (sliding_window is None or keys <= sliding_window)
-        mask = None if full and softcap is None else _causal_mask(queries, keys, sliding_window, query.device)
+    # split, as the backward of a slice writes a whole row
+    for document in zip(query.split(q_lengths, 2), key.split(k_lengths, 2), value.split(k_lengths, 2), strict=True):
+        queries, keys = document[0].shape[2], document[1].shape[2]
+        full = queries == keys and (window is None or keys <= window)
+        mask = None if full and softcap is None else _causal_mask(queries, keys, window, query.device)
         if softcap is None:
             output = F.scaled_dot_product_attention(
                 *document, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
@@ -97,7 +101,7 @@ def varlen_attention(
         else:
             output = _softcap_attention(*document, mask, scaling, softcap)
         outputs.append(output)
-    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:

@@ -59,7 +59,9 @@ def find_checkpoint(output_dir: Path, wish: str) -> Path | None:
         return None
     if wish != "auto":
         if read_manifest(Path(wish)) is None:
-            raise RecipeError(f"`resume_from_checkpoint` {wish}: not a complete checkpoint of tunebook (no {MANIFEST}).")
+            raise RecipeError(
+                f"`resume_from_checkpoint` {wish}: not a complete checkpoint of tunebook (no {MANIFEST})."
+            )
         return Path(wish)
     complete = list_checkpoints(output_dir)
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
@@ -76,7 +78,9 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> No
     before = read_manifest(checkpoint)
     assert before is not None
     changed = [
-        f"{name}: {before[name]} -> {record[name]}" for name in ("model", "data", "seed") if before[name] != record[name]
+        f"{name}: {before[name]} -> {record[name]}"
+        for name in ("model", "data", "seed")
+        if before[name] != record[name]
     ]
     if changed and not force:
         raise RecipeError(
@@ -86,7 +90,9 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> No
     old, new = before["recipe"], record["recipe"]
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
-            logger.warning("Since %s the recipe changed: %s: %s -> %s", checkpoint.name, name, old.get(name), new.get(name))
+            logger.warning(
+                "Since %s the recipe changed: %s: %s -> %s", checkpoint.name, name, old.get(name), new.get(name)
+            )
 
 
 def rotate(output_dir: Path, limit: int | None, max_gb: float | None, best: str | None) -> None:

@@ -91,13 +91,44 @@ class RunConfig:
         None, "Rows a step over all devices; sets gradient_accumulation_steps from it."
     )
     resume_from_checkpoint: str = key(
-        "auto", "auto: go on from the last complete checkpoint in output_dir. never: start anew. Or a checkpoint's path."
+        "auto",
+        "auto: go on from the last complete checkpoint in output_dir. never: start anew. Or a checkpoint's path.",
     )
     force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
-    save_total_gb: float | None = key(None, "Delete the oldest checkpoints when all together are larger than this (GB).")
+    save_total_gb: float | None = key(
+        None, "Delete the oldest checkpoints when all together are larger than this (GB)."
+    )
     wandb_entity: str | None = key(None, "Weights & Biases user or team.")
     wandb_project: str | None = key(None, "Weights & Biases project.")
     wandb_run_group: str | None = key(None, "Weights & Biases group of runs.")
+    callbacks: list[Literal["push_to_hub_revision"]] = field(
+        default_factory=list, metadata={"help": "push_to_hub_revision: the same as push_to_hub_revision: true."}
+    )
+    push_to_hub_revision: bool = key(
+        False,
+        "Push each checkpoint to <hub_revision>-step-<9 digits> of hub_model_id, the final model to hub_revision.",
+    )
+    overwrite_hub_revision: bool = key(False, "Push although the revision already holds a model.")
+    hub_push_failure: Literal["warn", "raise"] = key("warn", "What a push that fails does to the run.")
+    hub_push_to_main: bool = key(False, "Push the final model to main too.")
+    benchmarks: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Run on each checkpoint: names in configs/benchmarks, paths; for rm, files of pairs."},
+    )
+    benchmark_launcher: Literal["local", "slurm"] = key("local", "Where benchmarks run: subprocesses, or Slurm jobs.")
+    benchmark_schedule: Literal["after", "beside", "evaluation"] | None = key(
+        None,
+        "When: after training, beside it, or at each evaluation, which waits. Default: evaluation if the best model is "
+        "chosen by a benchmark, beside with slurm or benchmark_devices, else after.",
+    )
+    benchmark_devices: list[str] = field(
+        default_factory=list, metadata={"help": "CUDA_VISIBLE_DEVICES of each benchmark that runs at a time."}
+    )
+    benchmark_timeout: float = key(7200, "Seconds after which a benchmark is given up.")
+
+    @property
+    def pushes_revisions(self) -> bool:
+        return self.push_to_hub_revision or "push_to_hub_revision" in self.callbacks
 
     def __post_init__(self):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
@@ -105,7 +136,9 @@ class RunConfig:
             self.bf16 = bool(self.bf16)
         if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not torch.accelerator.is_available():
             # accelerate 1.15 (state.py) lists GPU types only and silently gives DDP elsewhere
-            raise ValueError("FSDP needs a GPU; on a CPU accelerate would run DDP instead. Take ddp.yaml or zero3.yaml.")
+            raise ValueError(
+                "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Take ddp.yaml or zero3.yaml."
+            )
         super().__post_init__()
         self.gradient_accumulation_steps = accumulation_steps(
             self.global_batch_size, self.per_device_train_batch_size, self.world_size, self.gradient_accumulation_steps
@@ -113,7 +146,25 @@ class RunConfig:
 
 
 @dataclass
-class SFTConfig(RunConfig, trl.SFTConfig):
+class GenerationConfig:
+    """Generations while it trains: SFT and DPO."""
+
+    eval_prompts: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Generate from these at each evaluation: prompts, a .txt or .jsonl file, or column:NAME."},
+    )
+    eval_generation_kwargs: dict[str, Any] | None = key(
+        None, "Of generate(), e.g. {max_new_tokens: 64}; one key may have a list of values to sweep."
+    )
+    eval_metrics: list[str] = field(
+        default_factory=list,
+        metadata={"help": "module:function with (samples, prompts, outputs) -> {name: [values]}."},
+    )
+    stop_sequences: list[str] = field(default_factory=list, metadata={"help": "Cut generations at these texts."})
+
+
+@dataclass
+class SFTConfig(GenerationConfig, RunConfig, trl.SFTConfig):
     messages_column: str | None = key(None, "Column of whole conversations. Default: messages, or conversations.")
     completion_column: str | None = key(None, "Column of the completion: text or messages. Default: completion.")
     text_column: str | None = key(None, "Column of plain text, trained on throughout. Default: text.")
@@ -146,7 +197,7 @@ class RewardConfig(PreferenceConfig, trl.RewardConfig):
 
 
 @dataclass
-class DPOConfig(PreferenceConfig, trl.DPOConfig):
+class DPOConfig(GenerationConfig, PreferenceConfig, trl.DPOConfig):
     # Where these two are given by TRL's SFTConfig and RewardConfig, DPOConfig lacks them (trl 1.16)
     chat_template_path: str | None = key(None, "Path of a .jinja file, or a tokenizer whose chat template to take.")
     eos_token: str | None = key(None, "Token that ends a turn or sequence. Default: the tokenizer's.")
@@ -215,6 +266,7 @@ RANGES = {
     "beta": POSITIVE,
     "label_smoothing": Interval(ge=0, lt=0.5),
     "nll_loss_coef": AT_LEAST_ZERO,
+    "benchmark_timeout": POSITIVE,
     "center_rewards_coefficient": AT_LEAST_ZERO,
 }
 
@@ -234,6 +286,14 @@ def loss_types(v: Values) -> set[str]:
     return {v["loss_type"]} if isinstance(v["loss_type"], str) else set(v["loss_type"])
 
 
+def pushes(v: Values) -> bool:
+    return v["push_to_hub_revision"] or "push_to_hub_revision" in v["callbacks"]
+
+
+def best_by_benchmark(v: Values) -> bool:
+    return (v["metric_for_best_model"] or "").removeprefix("eval_").startswith("bench_")
+
+
 def has_probability(v: Values) -> bool:
     return any(source.probability is not None for source in v["datasets"] or [])
 
@@ -251,6 +311,7 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         lambda v: v["load_in_4bit"],
         "load_in_4bit: true",
     ),
+    ("value_head_prefix", lambda v: not v["use_peft"], "use_peft: false; an adapter's head is called score"),
     ("num_layers_unfrozen", lambda v: not v["use_peft"], "use_peft: false; LoRA already freezes the model"),
     ("eval_steps", lambda v: v["eval_strategy"] == "steps", "eval_strategy: steps"),
     (
@@ -292,6 +353,20 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         lambda v: v["push_to_hub"],
         "push_to_hub: true",
     ),
+    (
+        "hub_model_id hub_revision hub_private_repo",
+        lambda v: v["push_to_hub"] or pushes(v),
+        "push_to_hub_revision: true, or push_to_hub: true",
+    ),
+    ("overwrite_hub_revision hub_push_failure hub_push_to_main", pushes, "push_to_hub_revision: true"),
+    (
+        "benchmark_launcher benchmark_schedule benchmark_devices benchmark_timeout",
+        lambda v: bool(v["benchmarks"]),
+        "benchmarks",
+    ),
+    ("benchmark_devices", lambda v: v["benchmark_launcher"] == "local", "benchmark_launcher: local"),
+    ("eval_prompts", evaluates, "eval_strategy: steps or epoch, or do_eval: true"),
+    ("eval_generation_kwargs eval_metrics stop_sequences", lambda v: bool(v["eval_prompts"]), "eval_prompts"),
     ("mixture_stopping", has_probability, "a probability for every entry of datasets"),
     (
         "dataset_config dataset_train_split",
@@ -317,7 +392,11 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
     ),
     ("ipo_reduction", lambda v: "ipo" in loss_types(v), "loss_type: ipo"),
     ("discopop_tau", lambda v: "discopop" in loss_types(v), "loss_type: discopop"),
-    ("f_alpha_divergence_coef", lambda v: v["f_divergence_type"] == "alpha_divergence", "f_divergence_type: alpha_divergence"),
+    (
+        "f_alpha_divergence_coef",
+        lambda v: v["f_divergence_type"] == "alpha_divergence",
+        "f_divergence_type: alpha_divergence",
+    ),
     ("ref_model_mixup_alpha ref_model_sync_steps", lambda v: v["sync_ref_model"], "sync_ref_model: true"),
     ("precompute_ref_batch_size", lambda v: v["precompute_ref_log_probs"], "precompute_ref_log_probs: true"),
     (
@@ -351,8 +430,11 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         lambda v: v["global_batch_size"] is None,
         "no global_batch_size: it sets the accumulation",
     ),
-    ("dataloader_prefetch_factor dataloader_persistent_workers", lambda v: v["dataloader_num_workers"] > 0,
-     "dataloader_num_workers: 1 or more"),
+    (
+        "dataloader_prefetch_factor dataloader_persistent_workers",
+        lambda v: v["dataloader_num_workers"] > 0,
+        "dataloader_num_workers: 1 or more",
+    ),
 ]
 
 # Combinations that contradict each other: (what is wrong, the message).
@@ -401,10 +483,37 @@ CONTRADICTIONS: list[tuple[Callable[[Values], bool], str]] = [
         lambda v: v["test_split_size"] is not None and v["test_split_size"] >= 1 and v["test_split_size"] % 1,
         "`test_split_size` is a fraction below 1 or a whole number of rows.",
     ),
+    (
+        lambda v: pushes(v) and not (v["hub_model_id"] and v["hub_revision"]),
+        "`push_to_hub_revision` needs `hub_model_id` (owner/name) and `hub_revision` (a branch).",
+    ),
+    (
+        lambda v: pushes(v) and v["push_to_hub"],
+        "`push_to_hub` pushes to one revision, `push_to_hub_revision` to one a checkpoint. Take one.",
+    ),
+    (
+        lambda v: best_by_benchmark(v) and v["benchmark_schedule"] in ("after", "beside"),
+        "`metric_for_best_model` is a benchmark's: it needs `benchmark_schedule: evaluation`.",
+    ),
     (lambda v: v["bf16"] and v["fp16"], "`bf16` and `fp16` are both true. Take one."),
     (
         lambda v: v.get("assistant_only_loss") and v["last_turn_only_loss"],
         "`assistant_only_loss` trains on all assistant turns, `last_turn_only_loss` on the last. Take one.",
+    ),
+    (
+        lambda v: (
+            bool(v.get("label_smoothing"))
+            and "sigmoid" in loss_types(v)
+            and bool(loss_types(v) & {"robust", "exo_pair", "aot", "aot_unpaired"})
+        ),
+        "`label_smoothing` with sigmoid (cDPO) and another loss that reads it: TRL has one value for all. Leave one out.",
+    ),
+    (
+        lambda v: (
+            v.get("ipo_reduction") == "sum"
+            and (v["f_divergence_type"] != "reverse_kl" or v["ld_alpha"] is not None or v["use_weighting"])
+        ),
+        "`ipo_reduction: sum` with f_divergence_type, ld_alpha or use_weighting is not defined. Leave one out.",
     ),
     (
         lambda v: v.get("truncation_mode") == "keep_end",

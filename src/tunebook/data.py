@@ -8,7 +8,7 @@ reason why it was dropped; the counts go to the log and to data_report.json.
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,9 @@ class Dropped(Exception):
 # ---- Loading -------------------------------------------------------------------------------------------------------
 
 
-def load_source(path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files=None) -> Dataset:
+def load_source(
+    path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files=None
+) -> Dataset:
     """Rows of one split of a Hub data set, a local file, a folder of files, or a folder of `save_to_disk`.
 
     Raises:
@@ -75,7 +77,11 @@ def load_source(path: str, split: str, name: str | None = None, data_dir: str | 
                 dataset = dataset[split]
         elif location.is_dir() or looks_like_hub_id(path):
             dataset = datasets.load_dataset(
-                str(location) if location.is_dir() else path, name, data_dir=data_dir, data_files=data_files, split=split
+                str(location) if location.is_dir() else path,
+                name,
+                data_dir=data_dir,
+                data_files=data_files,
+                split=split,
             )
         else:
             raise RecipeError(f"{path}: no such file or folder, and not a Hub id (owner/name).")
@@ -90,7 +96,9 @@ def load_source(path: str, split: str, name: str | None = None, data_dir: str | 
 
 
 def looks_like_hub_id(path: str) -> bool:
-    return not path.startswith((".", "/", "~")) and path.count("/") <= 1 and Path(path).suffix.lstrip(".") not in FORMATS
+    return (
+        not path.startswith((".", "/", "~")) and path.count("/") <= 1 and Path(path).suffix.lstrip(".") not in FORMATS
+    )
 
 
 def file_format(path: Path) -> str:
@@ -98,7 +106,9 @@ def file_format(path: Path) -> str:
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in FORMATS:
-        raise RecipeError(f"{path}: unknown kind of file. Known: {', '.join(FORMATS)} (also as {'/'.join(COMPRESSIONS)}).")
+        raise RecipeError(
+            f"{path}: unknown kind of file. Known: {', '.join(FORMATS)} (also as {'/'.join(COMPRESSIONS)})."
+        )
     return FORMATS[suffixes[-1]]
 
 
@@ -185,7 +195,9 @@ def choose_columns(task: str, names: Sequence[str], keys: Mapping[str, str | Non
         if "margin" in keys:
             columns["margin"] = find("margin", "margin")
             if columns["margin"] is None:
-                raise RecipeError(f"`use_margin` needs a column margin; columns: {', '.join(names)}. Set margin_column.")
+                raise RecipeError(
+                    f"`use_margin` needs a column margin; columns: {', '.join(names)}. Set margin_column."
+                )
         return columns
 
     layouts = {
@@ -403,14 +415,18 @@ def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
 # ---- Tokens --------------------------------------------------------------------------------------------------------
 
 
-def tokenize(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[tuple[list[int], list[tuple[int, int]]]]:
+def tokenize(
+    texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], list[tuple[int, int]]]]:
     """`(ids, spans in tokens)` of each text. A token that lies across the border of a span belongs to it."""
     result: list[Any] = [None] * len(texts)
     for templated in (True, False):  # a template writes the special tokens itself
         chosen = [i for i, text in enumerate(texts) if text.templated is templated]
         if not chosen:
             continue
-        batch = tokenizer([texts[i].text for i in chosen], add_special_tokens=not templated, return_attention_mask=False)
+        batch = tokenizer(
+            [texts[i].text for i in chosen], add_special_tokens=not templated, return_attention_mask=False
+        )
         for row, (i, ids) in enumerate(zip(chosen, batch["input_ids"], strict=True)):
 
             def token_at(char: int, row=row, text=texts[i].text, length=len(ids)) -> int:
@@ -426,7 +442,10 @@ def tokenize(texts: Sequence[Text], tokenizer: PreTrainedTokenizerBase) -> list[
                 ids,
                 [(0, len(ids))]
                 if spans is None
-                else [(token_at(start), token_at(end - 1) + 1 if end < len(texts[i].text) else len(ids)) for start, end in spans],
+                else [
+                    (token_at(start), token_at(end - 1) + 1 if end < len(texts[i].text) else len(ids))
+                    for start, end in spans
+                ],
             )
     return result
 
@@ -578,7 +597,9 @@ def process(dataset: Dataset, how: Rendering, num_proc: int | None = None, name:
     if not report.kept:
         raise RecipeError(f"No row of {name} can be trained on: {report}.")
     if report.dropped:
-        tokens = tokens.select(np.flatnonzero(pc.is_in(outcomes, pa.array([KEPT, CUT])).to_numpy(zero_copy_only=False)))
+        tokens = tokens.select(
+            np.flatnonzero(pc.is_in(outcomes, pa.array([KEPT, CUT])).to_numpy(zero_copy_only=False))
+        )
     return tokens.remove_columns("outcome"), report
 
 
@@ -590,6 +611,7 @@ class Data:
     train: Dataset
     eval: Dataset | None
     reports: dict[str, Report]
+    raw_eval: Dataset | None = None
 
     def write_report(self, path: Path) -> None:
         path.write_text(json.dumps({split: vars(report) for split, report in self.reports.items()}, indent=2) + "\n")
@@ -654,23 +676,24 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
     if "subset" in train.column_names:
         train = train.remove_columns("subset")
 
-    evaluation = None
+    evaluation = raw = None
     if training_args.do_eval:
         if held_out:
             evaluation = datasets.concatenate_datasets(held_out)
-        elif script_args.eval_dataset_name:
-            rows = load_evaluation(script_args.eval_dataset_name, script_args.dataset_test_split)
-            rows = first(rows, script_args.max_eval_samples)
-            evaluation = tokens_of(rows, script_args.eval_dataset_name, "eval")
-        elif script_args.dataset_name:
-            rows = load_source(script_args.dataset_name, script_args.dataset_test_split, script_args.dataset_config)
-            evaluation = tokens_of(first(rows, script_args.max_eval_samples), script_args.dataset_name, "eval")
+        elif name := script_args.eval_dataset_name or script_args.dataset_name:
+            split = script_args.dataset_test_split
+            if script_args.eval_dataset_name:
+                raw = load_evaluation(name, split)
+            else:
+                raw = load_source(name, split, script_args.dataset_config)
+            raw = first(raw, script_args.max_eval_samples)
+            evaluation = tokens_of(raw, name, "eval")
         else:
             raise RecipeError("To evaluate a mixture, set eval_dataset_name or test_split_size.")
         evaluation = first(evaluation, script_args.max_eval_samples)
         if "subset" in evaluation.column_names:
             evaluation = evaluation.class_encode_column("subset")
-    return Data(train, evaluation, {split: report for split, report in reports.items() if report.read})
+    return Data(train, evaluation, {split: report for split, report in reports.items() if report.read}, raw)
 
 
 def has_messages(dataset: Dataset, columns: Mapping[str, str | None]) -> bool:
@@ -688,7 +711,9 @@ def select_columns(dataset: Dataset, columns: list[str] | dict[str, str] | None,
             f"`datasets`: {path} has no column {', '.join(missing)}. Columns: {', '.join(dataset.column_names)}."
         )
     if isinstance(columns, dict):
-        dataset = dataset.remove_columns([c for c in columns.values() if c in dataset.column_names and c not in columns])
+        dataset = dataset.remove_columns(
+            [c for c in columns.values() if c in dataset.column_names and c not in columns]
+        )
         return dataset.rename_columns(columns)
     return dataset if columns is None else dataset.select_columns(columns)
 
@@ -714,7 +739,10 @@ def mix(parts: Sequence[Dataset], sources: Sequence[DatasetConfig], stopping: st
     if sources[0].fraction is not None:
         shares = [source.fraction / sum(source.fraction for source in sources) for source in sources]
         size = min(len(part) / share for part, share in zip(parts, shares, strict=True))
-        parts = [part.shuffle(seed=seed).select(range(round(size * share))) for part, share in zip(parts, shares, strict=True)]
+        parts = [
+            part.shuffle(seed=seed).select(range(round(size * share)))
+            for part, share in zip(parts, shares, strict=True)
+        ]
     return datasets.concatenate_datasets(list(parts))
 
 

@@ -1,10 +1,12 @@
 """The tokenizer with its template, EOS and pad token settled, and the model loaded to fit it."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
 from peft import PeftConfig
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,7 +36,15 @@ CHATML = """\
 {%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n' }}{%- endif -%}"""
 
 # Tokens that models reserve for padding, or for nothing
-SPARE_TOKENS = ("<pad>", "[PAD]", "<|pad|>", "<|endoftext|>", "<|finetune_right_pad_id|>", "<unk>", "<|reserved_special_token_0|>")
+SPARE_TOKENS = (
+    "<pad>",
+    "[PAD]",
+    "<|pad|>",
+    "<|endoftext|>",
+    "<|finetune_right_pad_id|>",
+    "<unk>",
+    "<|reserved_special_token_0|>",
+)
 
 
 def check_model(name: str, revision: str, trust_remote_code: bool) -> None:
@@ -77,7 +87,9 @@ def load_tokenizer(
         elif chat_template_path is not None:
             source = AutoTokenizer.from_pretrained(chat_template_path)
             tokenizer.chat_template = source.get_chat_template()
-            tokenizer.add_tokens([t for t in source.added_tokens_decoder.values() if t.content not in tokenizer.get_vocab()])
+            tokenizer.add_tokens(
+                [t for t in source.added_tokens_decoder.values() if t.content not in tokenizer.get_vocab()]
+            )
             tokenizer.eos_token = source.eos_token
     except (OSError, ValueError) as error:
         raise RecipeError(f"The tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
@@ -144,6 +156,8 @@ def load_model(
     }
     set_seed(training_args.seed)  # a new reward head, and embeddings of new tokens, start at random
     try:
+        if architecture is AutoModelForSequenceClassification:
+            kwargs["key_mapping"] = head_mapping(name, kwargs["revision"], training_args.trust_remote_code)
         with suppress_seqcls_warning():
             model = create_model_from_path(name, architecture, **kwargs)
     except (OSError, ValueError, ImportError) as error:
@@ -153,7 +167,9 @@ def load_model(
     if len(tokenizer) > embeddings.num_embeddings:
         new_ids = list(range(embeddings.num_embeddings, len(tokenizer)))
         model.resize_token_embeddings(len(tokenizer))
-        logger.warning("Embeddings resized to %d tokens: %s.", len(tokenizer), tokenizer.convert_ids_to_tokens(new_ids))
+        logger.warning(
+            "Embeddings resized to %d tokens: %s.", len(tokenizer), tokenizer.convert_ids_to_tokens(new_ids)
+        )
         if peft_config is not None:
             train_new_tokens(model, peft_config)
     text_config = model.config.get_text_config()
@@ -164,6 +180,32 @@ def load_model(
     if model_args.num_layers_unfrozen is not None:
         freeze_layers(model, model_args.num_layers_unfrozen)
     return model
+
+
+def head_mapping(name: str, revision: str = "main", trust_remote_code: bool = False) -> dict[str, str] | None:
+    """For `from_pretrained`: where a reward model saved its head under another name (`value_head_prefix`)."""
+    config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+    prefix = config.to_dict().get("value_head_prefix", "score")
+    return None if prefix == "score" else {f"^{re.escape(prefix)}\\.": "score."}
+
+
+def load_reward_model(name: str) -> PreTrainedModel:
+    """A reward model as [`load_model`] trains and `fit` saves it, whatever the name of its head."""
+    return AutoModelForSequenceClassification.from_pretrained(name, key_mapping=head_mapping(name))
+
+
+def rename_head(folder: Path, prefix: str) -> None:
+    """Save the head of the reward model in `folder` as `prefix` instead of `score`, and say so in its config. Models
+    with another name than score are loaded with [`load_reward_model`]."""
+    for path in folder.glob("*.safetensors"):
+        tensors = {re.sub(r"^score\.", f"{prefix}.", name): tensor for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        index.write_text(index.read_text().replace('"score.', f'"{prefix}.'))
+    config = AutoConfig.from_pretrained(folder)
+    config.value_head_prefix = prefix
+    config.save_pretrained(folder)
 
 
 def train_new_tokens(model: PreTrainedModel, peft_config: PeftConfig) -> None:
@@ -181,7 +223,9 @@ def load_reference(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
     _, training_args, model_args = recipe.args
     name = training_args.ref_model_name_or_path
     if name is not None:
-        return load_model(AutoModelForCausalLM, recipe, tokenizer, name=name, revision=training_args.ref_model_revision)
+        return load_model(
+            AutoModelForCausalLM, recipe, tokenizer, name=name, revision=training_args.ref_model_revision
+        )
     if model_args.use_peft or training_args.precompute_ref_log_probs:
         return None
     return load_model(AutoModelForCausalLM, recipe, tokenizer)
@@ -222,4 +266,9 @@ def freeze_layers(model: PreTrainedModel, num_unfrozen: int) -> None:
     for parameter in (after_layers | head) - below:
         parameter.requires_grad_(True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    logger.info("num_layers_unfrozen %d: %s of %s parameters are trained.", num_unfrozen, f"{trained:,}", f"{model.num_parameters():,}")
+    logger.info(
+        "num_layers_unfrozen %d: %s of %s parameters are trained.",
+        num_unfrozen,
+        f"{trained:,}",
+        f"{model.num_parameters():,}",
+    )

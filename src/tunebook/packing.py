@@ -35,9 +35,8 @@ def pack_rows(
     """
     Lay the rows of a padded batch, left or right padded, one after the other in a single row.
 
-    With `share_prefix`, rows i and i + B/2 share the tokens that they start with: of the second row only the last
-    shared token, which predicts its next, and what follows are laid down, and its keys begin with those of the first
-    row.
+    With `share_prefix`, rows i and i + B/2 share the tokens that they start with: of the second row only what follows
+    is laid down (its last token at least), and its keys begin with the first row's.
 
     Args:
         input_ids, attention_mask: (B, L); every row has a token.
@@ -55,7 +54,7 @@ def pack_rows(
     half = len(ids) // 2
     if share_prefix:
         same = (ids[:half] == ids[half:]) & real[:half] & real[half:]
-        first[half:] = (same.cumprod(dim=1).sum(dim=1) - 1).clamp(min=0)
+        first[half:] = same.cumprod(dim=1).sum(dim=1).minimum(length[half:] - 1)
     own = real & (column >= first[:, None])
     queries = length - first
     end = queries.cumsum(0)
@@ -222,6 +221,8 @@ class LogProbs:
             and hidden.dtype == torch.float32 == weight.dtype
             and not (final_logit_softcapping or bias is not None or torch.is_autocast_enabled("cpu"))
         ):
+            # needs_input_grad is true of a parameter under no_grad, too, and the logits would be kept for nothing
+            weight = weight if torch.is_grad_enabled() else weight.detach()
             return _LinearLogProbs.apply(hidden * (logit_scale / temperature), weight, targets, outputs)
         return ChunkedLogProbFunction.apply(
             hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
@@ -287,7 +288,7 @@ class _LinearLogProbs(torch.autograd.Function):
             if kept is not None:
                 grad_weight = torch.mm(kept.T, -scaled)
             else:
-                with maybe_gather_lm_head_ctx(weight):
+                with maybe_gather_lm_head_ctx(weight):  # ZeRO-3
                     grad_weight = torch.zeros_like(weight)
                     rows = max(1, _LinearLogProbs.CHUNK_LOGITS // len(weight))
                     for h, s in zip(hidden.split(rows), scaled.split(rows), strict=True):
@@ -321,7 +322,7 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.nd
         cut = np.iinfo(np.int64).max if max_length is None else max_length
         chosen, rejected, shared = (np.minimum(prompt + length, cut) for length in (*lengths, shared))
         tokens.append(chosen + rejected)
-        saved.append(np.maximum(shared - 1, 0))  # pack_rows repeats the last shared token
+        saved.append(np.minimum(shared, rejected - 1))
     return np.concatenate(tokens), np.concatenate(saved)
 
 

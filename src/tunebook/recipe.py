@@ -89,7 +89,9 @@ class Loader(yaml.SafeLoader):
         keys = [self.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         for name in keys:
             if keys.count(name) > 1:
-                raise RecipeError(f"`{name}` stands twice ({node.start_mark.name}, line {node.start_mark.line + 1} on).")
+                raise RecipeError(
+                    f"`{name}` stands twice ({node.start_mark.name}, line {node.start_mark.line + 1} on)."
+                )
         return super().construct_mapping(node, deep)
 
 

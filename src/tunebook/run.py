@@ -1,8 +1,6 @@
 """What the three scripts share: [`prepare`] before the trainer is built, [`fit`] after."""
 
-import json
 import logging
-import os
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -10,18 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 import transformers
 import yaml
 from accelerate import PartialState
+from huggingface_hub import HfApi
 from transformers import PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoints
+from .benchmarks import find_benchmark, is_benchmark_metric
+from .callbacks import build_callbacks, finish_callbacks
 from .configs import has_fast_bf16
 from .data import Data, fingerprint, load_data
+from .generations import load_metric, load_prompts, sweep
+from .hub import PENDING, check_hub_revision
 from .models import check_model, load_tokenizer
-from .recipe import Recipe
+from .recipe import Recipe, RecipeError
+from .trackers import set_wandb_environment
 
 logger = logging.getLogger(__name__)
 
@@ -30,12 +33,14 @@ VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
 @dataclass
 class Run:
-    """What [`prepare`] settled: the tokenizer, the rows, where to go on from, and the record for the checkpoints."""
+    """What [`prepare`] settled: the tokenizer, the rows, where to go on from, the record for the checkpoints, and how
+    the run is followed."""
 
     tokenizer: PreTrainedTokenizerBase
     data: Data
     checkpoint: Path | None
     record: dict[str, Any]
+    following: dict[str, Any]
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -46,10 +51,19 @@ def prepare(recipe: Recipe) -> Run:
     """
     script_args, training_args, model_args = recipe.args
     set_up_logging(training_args)
-    set_up_trackers(training_args)
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir)
     checkpoint = checkpoints.find_checkpoint(output_dir, training_args.resume_from_checkpoint)
+    try:
+        set_wandb_environment(
+            training_args.report_to,
+            training_args.wandb_entity,
+            training_args.wandb_project,
+            training_args.wandb_run_group,
+        )
+        following = check_following(recipe, resumes=checkpoint is not None)
+    except (ValueError, ConnectionError) as error:
+        raise RecipeError(str(error)) from error
     model = model_args.model_name_or_path
     check_model(model, model_args.model_revision, training_args.trust_remote_code)
     tokenizer = load_tokenizer(
@@ -79,7 +93,12 @@ def prepare(recipe: Recipe) -> Run:
         output_dir.mkdir(parents=True, exist_ok=True)
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.given, sort_keys=False), encoding="utf-8")
         data.write_report(output_dir / "data_report.json")
-    return Run(tokenizer, data, checkpoint, record)
+    if recipe.task != "rm" and training_args.eval_prompts:
+        try:
+            following["eval_prompts"] = load_prompts(training_args.eval_prompts, data.raw_eval or {})
+        except ValueError as error:
+            raise RecipeError(str(error)) from error
+    return Run(tokenizer, data, checkpoint, record, following)
 
 
 def set_up_logging(training_args) -> None:
@@ -92,15 +111,59 @@ def set_up_logging(training_args) -> None:
         datasets.disable_progress_bars()
 
 
-def set_up_trackers(training_args) -> None:
-    """Weights & Biases reads its entity, project and group from the environment only."""
-    for name, value in {
-        "WANDB_ENTITY": training_args.wandb_entity,
-        "WANDB_PROJECT": training_args.wandb_project,
-        "WANDB_RUN_GROUP": training_args.wandb_run_group,
-    }.items():
-        if value is not None:
-            os.environ[name] = value
+def check_following(recipe: Recipe, resumes: bool) -> dict[str, Any]:
+    """Arguments of [`build_callbacks`], checked before anything is loaded; prompts come with the data.
+
+    Raises:
+        ValueError: for a Hub revision that may not be written, an unknown benchmark or metric, or more than one sweep.
+    """
+    script_args, args, _ = recipe.args
+    output_dir = Path(args.output_dir)
+    if args.pushes_revisions and not resumes and PartialState().is_main_process:
+        if any((output_dir / PENDING).glob("*")):
+            raise ValueError(
+                f"{output_dir} holds models of an earlier run that are not on the Hub. Push them (tunebook push "
+                f"{output_dir}), remove {output_dir / PENDING}, or take another output_dir."
+            )
+        check_hub_revision(
+            HfApi(),
+            args.hub_model_id,
+            args.hub_revision,
+            push_to_main=args.hub_push_to_main,
+            private=args.hub_private_repo,
+            overwrite=args.overwrite_hub_revision,
+            must_reach=args.hub_push_failure == "raise",
+        )
+    following = {
+        "push_to_hub_revision": args.pushes_revisions,
+        "hub_model_id": args.hub_model_id,
+        "hub_revision": args.hub_revision,
+        "hub_private_repo": True if args.hub_private_repo is None else args.hub_private_repo,
+        "hub_push_failure": args.hub_push_failure,
+        "hub_push_to_main": args.hub_push_to_main,
+    }
+    if args.benchmarks and recipe.task != "rm":
+        benchmarks = [find_benchmark(name) for name in args.benchmarks]
+        beside = args.benchmark_launcher == "slurm" or args.benchmark_devices
+        best = is_benchmark_metric(args.metric_for_best_model, benchmarks)
+        following |= {
+            "benchmarks": benchmarks,
+            "benchmark_launcher": args.benchmark_launcher,
+            "benchmark_schedule": args.benchmark_schedule
+            or ("evaluation" if best else "beside" if beside else "after"),
+            "benchmark_devices": args.benchmark_devices,
+            "benchmark_timeout": args.benchmark_timeout,
+        }
+    if recipe.task != "rm" and args.eval_prompts:
+        sweep(args.eval_generation_kwargs or {})
+        following |= {
+            "eval_generation_kwargs": args.eval_generation_kwargs,
+            "eval_metrics": [load_metric(name) for name in args.eval_metrics],
+            "stop_sequences": args.stop_sequences,
+            "apply_chat_template": bool(script_args.apply_chat_template),
+            "system_prompt": script_args.system_prompt,
+        }
+    return following
 
 
 def log_resolved(recipe: Recipe) -> None:
@@ -110,7 +173,9 @@ def log_resolved(recipe: Recipe) -> None:
     origin = "recipe" if "bf16" in given or "fp16" in given else "default"
     if args.use_cpu and not has_fast_bf16():
         if args.bf16:
-            logger.warning("bf16: true on a CPU without bf16 instructions: ~80x slower than float32 (1.6 against 136 GFLOP/s).")
+            logger.warning(
+                "bf16: true on a CPU without bf16 instructions: ~80x slower than float32 (1.6 against 136 GFLOP/s)."
+            )
         elif origin == "default":
             origin = "this CPU has no bf16 instructions"
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
@@ -128,6 +193,9 @@ def fit(trainer, run: Run) -> TrainOutput:
     """Train (or go on), evaluate, and save what is needed to use the model: weights, tokenizer with template, generation
     config, model card, metrics and the trainer's state."""
     args = trainer.args
+    callbacks = build_callbacks(trainer, **run.following)
+    for callback in callbacks:
+        trainer.add_callback(callback)
     result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     trainer.log_metrics("train", result.metrics)
     trainer.save_metrics("train", result.metrics)
@@ -142,8 +210,10 @@ def fit(trainer, run: Run) -> TrainOutput:
     trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # off in training, wanted by who generates
     trainer.save_model(args.output_dir)
     trainer.create_model_card()
-    logger.info("The model is in %s.", args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    finish_callbacks(trainer, callbacks, Path(args.output_dir))
+    logger.info("The model is in %s.", args.output_dir)
     trainer.end()
     return result

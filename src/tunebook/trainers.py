@@ -35,7 +35,10 @@ class ExactResume:
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
     def _save_checkpoint(self, model, trial) -> None:
-        limit, self.args.save_total_limit = self.args.save_total_limit, None  # ours to apply, once the new one is whole
+        limit, self.args.save_total_limit = (
+            self.args.save_total_limit,
+            None,
+        )  # ours to apply, once the new one is whole
         try:
             super()._save_checkpoint(model, trial)
         finally:
@@ -233,14 +236,21 @@ class DPOTrainer(ExactResume, trl.DPOTrainer):
         with settled(args, model_init_kwargs=None):
             super().__init__(args=args, ref_model=ref_model, **kwargs)
         self._patch_forwards()
-        if "sigmoid" in self.loss_types and args.label_smoothing:
-            self.loss_types = ["robust" if name == "sigmoid" else name for name in self.loss_types]
-            self.label_smoothing = -args.label_smoothing / (1 - 2 * args.label_smoothing)
-        self.ipo_sum_weight = 0.0
-        if args.ipo_reduction == "sum":
-            weights = zip(self.loss_types, self.loss_weights, strict=True)
-            self.ipo_sum_weight = sum(weight for name, weight in weights if name == "ipo")
-            self.loss_weights = [0.0 if n == "ipo" else w for n, w in zip(self.loss_types, self.loss_weights, strict=True)]
+        self.settle_objective()
+
+    def settle_objective(self) -> None:
+        """cDPO as `robust`; IPO on sums as a term of its own, which takes the weight of TRL's."""
+        args = self.args
+        self.loss_types = list(args.loss_type)
+        self.loss_weights = list(args.loss_weights or [1.0] * len(self.loss_types))
+        self.label_smoothing, self.ipo_sum_weight = args.label_smoothing, 0.0
+        for i, name in enumerate(self.loss_types):
+            if name == "sigmoid" and args.label_smoothing:
+                self.loss_types[i] = "robust"
+                self.label_smoothing = -args.label_smoothing / (1 - 2 * args.label_smoothing)
+            elif name == "ipo" and args.ipo_reduction == "sum":
+                self.ipo_sum_weight += self.loss_weights[i]
+                self.loss_weights[i] = 0.0
 
     def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
         return dataset

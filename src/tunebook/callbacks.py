@@ -1,0 +1,292 @@
+"""What happens at a save, at an evaluation and after training: pushes to the Hub, benchmarks, generations."""
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from accelerate.logging import get_logger
+from accelerate.utils import broadcast_object_list
+from huggingface_hub import HfApi
+from transformers import Trainer, TrainerCallback
+
+from tunebook.benchmarks import BenchmarkJobs
+from tunebook.generations import GenerationCallback, Metric, Prompt, map_over_ranks
+from tunebook.hub import Uploads, stage_model, step_revision
+from tunebook.scores import ROWS_FILE, add_scores_to_card, append_rows, pair_accuracy, read_rows, tracker_scores
+from tunebook.trackers import log_at_step
+
+logger = get_logger(__name__)
+
+
+class PushToHubRevisionCallback(TrainerCallback):
+    """Pushes each checkpoint to `<revision>-step-<step>`, and the final model to `revision` and, if asked, main.
+
+    Args:
+        on_failure: "warn", or "raise": a push that the Hub refuses ends the run at the next save, once that checkpoint
+            is staged; one that could not be made by the end of the run makes it fail.
+    """
+
+    def __init__(
+        self,
+        uploads: Uploads,
+        repo_id: str,
+        revision: str,
+        *,
+        private: bool | None,
+        on_failure: str,
+        push_to_main: bool,
+    ):
+        self.uploads, self.repo_id, self.private, self.on_failure = uploads, repo_id, private, on_failure
+        self.revision = revision
+        self.final_revisions = sorted({revision, "main"} if push_to_main else {revision})
+
+    def on_save(self, args, state, control, **kwargs):
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        message = f"Checkpoint at step {state.global_step}"
+        self.uploads.submit(
+            checkpoint, self.repo_id, step_revision(self.revision, state.global_step), message, self.private
+        )
+        if self.on_failure == "raise" and self.uploads.refused:
+            raise RuntimeError(self.uploads.report())
+
+    def submit_final(self, model_folder: Path) -> None:
+        for revision in self.final_revisions:
+            self.uploads.submit(model_folder, self.repo_id, revision, "Final model", self.private)
+
+    def finish(self) -> None:
+        self.uploads.wait()
+        self.uploads.close()
+        if report := self.uploads.report():
+            if self.on_failure == "raise":
+                raise RuntimeError(report)
+            logger.warning(report)
+
+
+class BenchmarkCallback(TrainerCallback):
+    """Runs benchmarks on each checkpoint; their scores go to the trackers at the checkpoint's step.
+
+    Args:
+        schedule: "after" training, "beside" it, or at each "evaluation", which then waits for them: so that
+            metric_for_best_model can be a score.
+        push: where checkpoints are pushed; given when the jobs are to load them from the Hub. A checkpoint that could
+            not be pushed is loaded from its staged folder; so is an adapter, as lm-eval cannot load one by revision.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        jobs: BenchmarkJobs,
+        benchmarks: Sequence[Path],
+        schedule: str,
+        push: PushToHubRevisionCallback | None = None,
+    ):
+        self.trainer, self.jobs, self.benchmarks, self.schedule, self.push = trainer, jobs, benchmarks, schedule, push
+        self.unsubmitted: list[int] = []  # steps that wait for their push
+        self.evaluated_step: int | None = None
+        if trainer.is_world_process_zero():
+            for folder in sorted(jobs.folder.glob("*/model")):  # what an earlier process of this run did not get to
+                self._submit(int(folder.parent.name), revision=None)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self.schedule != "evaluation" or state.global_step == self.evaluated_step:
+            return
+        self.evaluated_step = state.global_step
+        folder = self._staged(state.global_step)
+        self.trainer.save_model(str(folder), _internal_call=True)
+        if state.is_world_process_zero:
+            self._submit(state.global_step, revision=None)
+        scores: dict[str, float] = {}
+        busy = True
+        while busy:  # Ranks meet every second: one that waited in a collective for the whole benchmark would time out.
+            time.sleep(1)
+            message = [None]
+            if state.is_world_process_zero:
+                for row in self._poll():
+                    scores |= tracker_scores(row)
+                message = [(bool(self.jobs.unfinished_steps), scores)]
+            [(busy, scores)] = broadcast_object_list(message)
+        metrics |= scores
+        best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if best not in metrics:
+            logger.warning(f"There is no {best} at step {state.global_step}: it cannot be the best")
+            metrics[best] = float("nan")
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.schedule == "evaluation" or not state.is_world_process_zero:
+            return
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        shutil.rmtree(self._staged(state.global_step), ignore_errors=True)
+        stage_model(checkpoint, self._staged(state.global_step))
+        if self.push and not (checkpoint / "adapter_config.json").exists():
+            self.unsubmitted.append(state.global_step)
+        else:
+            self._submit(state.global_step, revision=None)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.schedule == "beside" and state.is_world_process_zero:
+            self._poll()
+
+    def finish(self, model_folder: Path) -> None:
+        """Run what is left, and the benchmarks on the final model if its step was not saved; fill in its card."""
+        state, args = self.trainer.state, self.trainer.args
+        step = state.best_global_step if args.load_best_model_at_end else state.global_step
+        if self.push:
+            self.push.uploads.wait()
+        self._submit_pushed(is_last=True)
+        if step not in self.jobs.unfinished_steps:
+            for benchmark in self.benchmarks:
+                self.jobs.submit(benchmark, str(model_folder), step)
+        while self.jobs.unfinished_steps:
+            self._poll()
+            time.sleep(0.5)
+        self._delete_staged()
+        name = args.hub_model_id or Path(args.output_dir).name
+        add_scores_to_card(model_folder / "README.md", read_rows(self.jobs.rows_file), name, step)
+
+    def _staged(self, step: int) -> Path:
+        return self.jobs.step_folder(step) / "model"
+
+    def _submit(self, step: int, revision: str | None) -> None:
+        model = self.push.repo_id if revision else str(self._staged(step))
+        for benchmark in self.benchmarks:
+            self.jobs.submit(benchmark, model, step, revision)
+
+    def _submit_pushed(self, is_last: bool = False) -> None:
+        for step in list(self.unsubmitted):
+            revision = step_revision(self.push.revision, step)
+            if revision in self.push.uploads.pushed:
+                self._submit(step, revision)
+            elif is_last or revision in self.push.uploads.refused:
+                self._submit(step, revision=None)
+            else:
+                continue
+            self.unsubmitted.remove(step)
+
+    def _poll(self) -> list[dict]:
+        self._submit_pushed()
+        rows = self.jobs.poll()
+        for row in rows:
+            if row["scores"]:
+                log_at_step(self.trainer, tracker_scores(row), row["step"])
+        if rows:
+            self._delete_staged()
+        return rows
+
+    def _delete_staged(self) -> None:
+        for folder in self.jobs.folder.glob("*/model"):
+            if int(folder.parent.name) not in {*self.unsubmitted, *self.jobs.unfinished_steps}:
+                shutil.rmtree(folder)
+
+
+class PairAccuracyCallback(TrainerCallback):
+    """Benchmarks of a reward model: accuracy by subset on preference pairs, at every evaluation, each rank its share.
+
+    Args:
+        benchmarks: rows with `prompt`, `chosen`, `rejected` and maybe `subset`, by the benchmark's name.
+        score: the rewards, by the model that is trained, of a list of (prompt, completion).
+    """
+
+    def __init__(
+        self, trainer: Trainer, benchmarks: dict[str, list[dict]], score: Callable[[list[tuple]], list[float]]
+    ):
+        self.trainer, self.benchmarks, self.score = trainer, benchmarks, score
+        self.step: int | None = None
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.global_step == self.step:  # of several evaluation sets, the first
+            return
+        self.step = state.global_step
+        for name, pairs in self.benchmarks.items():
+            start = time.monotonic()
+            scores = pair_accuracy(pairs, lambda items: map_over_ranks(self.trainer.accelerator, self.score, items))
+            row = {"step": state.global_step, "benchmark": name, "model": args.output_dir, "revision": None}
+            row |= {"status": "completed", "seconds": round(time.monotonic() - start, 1)}
+            row |= {"scores": {name: scores}, "stderr": {}, "error": ""}
+            metrics |= tracker_scores(row)
+            if state.is_world_process_zero:
+                append_rows(Path(args.output_dir) / ROWS_FILE, [row])
+                log_at_step(self.trainer, tracker_scores(row), state.global_step)
+
+
+def build_callbacks(
+    trainer: Trainer,
+    *,
+    push_to_hub_revision: bool = False,
+    hub_model_id: str | None = None,
+    hub_revision: str | None = None,
+    hub_private_repo: bool | None = None,
+    hub_push_failure: str = "warn",
+    hub_push_to_main: bool = False,
+    benchmarks: Sequence[Path] = (),
+    benchmark_launcher: str = "local",
+    benchmark_schedule: str = "after",
+    benchmark_devices: Sequence[str] = (),
+    benchmark_timeout: float = 7200,
+    eval_prompts: Sequence[Prompt] = (),
+    eval_generation_kwargs: dict | None = None,
+    eval_metrics: Sequence[Metric] = (),
+    stop_sequences: Sequence[str] = (),
+    apply_chat_template: bool = False,
+    system_prompt: str | None = None,
+) -> list[TrainerCallback]:
+    """The callbacks that a recipe asks for, in the order in which they are to be added and finished.
+
+    The arguments are the recipe's keys, with files, prompts and metrics already found (`find_benchmark`,
+    `load_prompts`, `load_metric`). On every process; the Hub and benchmark jobs belong to the main one.
+    """
+    is_main = trainer.is_world_process_zero()
+    output_dir = Path(trainer.args.output_dir)
+    callbacks: list[TrainerCallback] = []
+    push = None
+    if push_to_hub_revision and is_main:
+        push = PushToHubRevisionCallback(
+            Uploads(HfApi(), output_dir),
+            hub_model_id,
+            hub_revision,
+            private=hub_private_repo,
+            on_failure=hub_push_failure,
+            push_to_main=hub_push_to_main,
+        )
+    if benchmarks:
+        jobs = BenchmarkJobs(output_dir, benchmark_launcher, benchmark_devices, benchmark_timeout)
+        from_hub = push if benchmark_launcher == "slurm" else None
+        callbacks.append(BenchmarkCallback(trainer, jobs, benchmarks, benchmark_schedule, from_hub))
+    if push:
+        callbacks.append(push)
+    if eval_prompts:
+        callbacks.append(
+            GenerationCallback(
+                trainer,
+                eval_prompts,
+                generation_kwargs=eval_generation_kwargs or {},
+                metrics=eval_metrics,
+                stop_sequences=stop_sequences,
+                chat=apply_chat_template,
+                system_prompt=system_prompt,
+            )
+        )
+    return callbacks
+
+
+def finish_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback], model_folder: Path) -> None:
+    """The last thing that a run does, once the final model and its card are in `model_folder`: push it, wait for the
+    benchmarks, push it with their scores in its card, wait for the Hub and say what it does not have.
+
+    The main process alone has anything to wait for, so no collective operation may come after this.
+
+    Raises:
+        RuntimeError: something was not pushed, and hub_push_failure is "raise".
+    """
+    if not trainer.is_world_process_zero():
+        return
+    pushes = [callback for callback in callbacks if isinstance(callback, PushToHubRevisionCallback)]
+    for push in pushes:
+        push.submit_final(model_folder)
+    for callback in callbacks:
+        if isinstance(callback, BenchmarkCallback):
+            callback.finish(model_folder)
+            for push in pushes:
+                push.submit_final(model_folder)
+    for push in pushes:
+        push.finish()
