@@ -7,9 +7,10 @@ import pytest
 import trl
 from conftest import CORPUS, build_tokenizer, write_rows
 
-from tunebook.data import Rendering, fingerprint, load_data, load_source, process
+from tunebook.data import fingerprint, load_data, load_source, process
 from tunebook.models import set_chatml
 from tunebook.recipe import RecipeError, parse
+from tunebook.rows import Rendering
 
 CHAT = [{"role": "user", "content": "two plus three?"}, {"role": "assistant", "content": "five."}]
 LONGER = CHAT + [{"role": "user", "content": "one and four?"}, {"role": "assistant", "content": "five too."}]

@@ -423,9 +423,7 @@ def long_tailed(rows: int, seed: int = 0) -> np.ndarray:
 
 def batches_of(lengths, world_size, epoch=0, **arguments):
     """The batches of each step, one list for each rank."""
-    samplers = [
-        TokenBatchSampler(lengths, rank=rank, world_size=world_size, **arguments) for rank in range(world_size)
-    ]
+    samplers = [TokenBatchSampler(lengths, rank=rank, world_size=world_size, **arguments) for rank in range(world_size)]
     for sampler in samplers:
         sampler.set_epoch(epoch)
         assert len(list(sampler)) == len(sampler)

@@ -249,9 +249,7 @@ def test_score_writes_raw_and_normalized_rewards_of_a_file(reward_model, tmp_pat
         ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
         expected = model(ids).logits.item()
         assert scored["reward"] == pytest.approx(expected, abs=1e-5)
-        assert scored["normalized_reward"] == pytest.approx(
-            (expected - model.config.mean) / model.config.std, rel=1e-3
-        )
+        assert scored["normalized_reward"] == pytest.approx((expected - model.config.mean) / model.config.std, rel=1e-3)
 
 
 def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
@@ -400,7 +398,10 @@ def test_label_smoothing_of_two_losses_at_once_is_refused(tiny, pair_rows, tmp_p
         train(dpo, tiny, pair_rows, tmp_path, loss_type=["sigmoid", "robust"], label_smoothing=0.1)
 
 
-LOSSES = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft sigmoid_norm"
+LOSSES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
+    "sigmoid_norm"
+)
 
 
 @pytest.mark.parametrize("loss_type", LOSSES.split())

@@ -7,8 +7,8 @@ import yaml
 from conftest import ROOT, launch
 
 from tunebook import recipe
-from tunebook.configs import NEEDS, RANGES
 from tunebook.recipe import RENAMED, TASKS, RecipeError, parse, read_command_line, read_recipe
+from tunebook.rules import NEEDS, RANGES
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o", "bf16": False}
 MIX = [{"path": "a", "probability": 0.5}, {"path": "b", "probability": 0.5}]

@@ -1,6 +1,6 @@
 """tunebook: recipes for supervised fine-tuning, reward models and DPO on TRL.
 
-From Python, with the recipe's keys as arguments: `from tunebook import dpo; dpo(model_name_or_path=..., beta=0.2, ...)`.
+From Python, with the recipe's keys as arguments: `from tunebook import dpo; dpo(model_name_or_path=..., beta=0.2)`.
 """
 
 import importlib.util

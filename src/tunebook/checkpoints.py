@@ -1,7 +1,7 @@
 """Which checkpoint is complete, what it was made from, and which one to go on from.
 
 A checkpoint is complete when its manifest.json is there and every file has the size that is written in it. The manifest
-is written last, and older checkpoints are deleted only after that: however a run ends, the newest complete one is whole.
+is written last, and older checkpoints are deleted only after that: however a run ends, the newest one is whole.
 """
 
 import json

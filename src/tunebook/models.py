@@ -121,8 +121,8 @@ def set_chatml(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.chat_template = CHATML
     tokenizer.eos_token = "<|im_end|>"
     logger.warning(
-        "The tokenizer has no chat template: ChatML is used, with EOS <|im_end|> and %d new tokens. Set chat_template or "
-        "chat_template_path for another.",
+        "The tokenizer has no chat template: ChatML is used, with EOS <|im_end|> and %d new tokens. Set chat_template "
+        "or chat_template_path for another.",
         added,
     )
 
@@ -167,9 +167,7 @@ def load_model(
     if len(tokenizer) > embeddings.num_embeddings:
         new_ids = list(range(embeddings.num_embeddings, len(tokenizer)))
         model.resize_token_embeddings(len(tokenizer))
-        logger.warning(
-            "Embeddings resized to %d tokens: %s.", len(tokenizer), tokenizer.convert_ids_to_tokens(new_ids)
-        )
+        logger.warning("Embeddings resized to %d tokens: %s.", len(tokenizer), tokenizer.convert_ids_to_tokens(new_ids))
         if peft_config is not None:
             train_new_tokens(model, peft_config)
     text_config = model.config.get_text_config()
@@ -223,9 +221,7 @@ def load_reference(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
     _, training_args, model_args = recipe.args
     name = training_args.ref_model_name_or_path
     if name is not None:
-        return load_model(
-            AutoModelForCausalLM, recipe, tokenizer, name=name, revision=training_args.ref_model_revision
-        )
+        return load_model(AutoModelForCausalLM, recipe, tokenizer, name=name, revision=training_args.ref_model_revision)
     if model_args.use_peft or training_args.precompute_ref_log_probs:
         return None
     return load_model(AutoModelForCausalLM, recipe, tokenizer)

@@ -23,7 +23,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from . import configs
-from .configs import CONTRADICTIONS, NEEDS, RANGES
+from .rules import CONTRADICTIONS, NEEDS, RANGES
 
 logger = logging.getLogger(__name__)
 

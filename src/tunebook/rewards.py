@@ -9,10 +9,11 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
-from .data import Dropped, Renderer, Rendering, choose_columns, load_source, tokenize
+from .data import load_source
 from .models import load_reward_model
 from .packing import pack_reward_model
 from .recipe import RecipeError
+from .rows import Dropped, Renderer, Rendering, choose_columns, tokenize
 
 logger = logging.getLogger(__name__)
 

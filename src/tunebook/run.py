@@ -190,8 +190,8 @@ def log_resolved(recipe: Recipe) -> None:
 
 
 def fit(trainer, run: Run) -> TrainOutput:
-    """Train (or go on), evaluate, and save what is needed to use the model: weights, tokenizer with template, generation
-    config, model card, metrics and the trainer's state."""
+    """Train (or go on), evaluate, and save what is needed to use the model: weights, tokenizer with template,
+    generation config, model card, metrics and the trainer's state."""
     args = trainer.args
     callbacks = build_callbacks(trainer, **run.following)
     for callback in callbacks:

@@ -223,10 +223,10 @@ class DPOTrainer(ExactResume, trl.DPOTrainer):
 
     cDPO (https://ericmitchell.ai/cdpo.pdf), `label_smoothing` e with sigmoid: -(1-e) logsigmoid(x) - e logsigmoid(-x),
     x = beta * delta. TRL's `robust` loss with the label smoothing -e/(1-2e) is the same function.
-    IPO on sums (https://arxiv.org/abs/2310.12036, eq. 17), `ipo_reduction: sum`: (delta - 1/(2 beta))^2, where TRL divides
-    each side's log-ratio by its number of tokens.
-    `nll_loss_coef` * the negative log-likelihood of the chosen side, mean over its tokens, then over the pairs (Llama 3,
-    https://arxiv.org/abs/2407.21783, section 4.1.4).
+    IPO on sums (https://arxiv.org/abs/2310.12036, eq. 17), `ipo_reduction: sum`: (delta - 1/(2 beta))^2, where TRL
+    divides each side's log-ratio by its number of tokens.
+    `nll_loss_coef` * the negative log-likelihood of the chosen side, mean over its tokens, then over the pairs
+    (Llama 3, https://arxiv.org/abs/2407.21783, section 4.1.4).
 
     delta is the log-ratio of policy and reference summed over the chosen tokens, less the same for the rejected ones.
     """
@@ -278,7 +278,7 @@ class DPOTrainer(ExactResume, trl.DPOTrainer):
             self.ref_model.to("cpu")
 
     def _compute_loss(self, model, inputs, return_outputs):
-        """TRL's loss and metrics, with the reference computed here, and what the policy returned kept for our terms."""
+        """TRL's loss and metrics, with the reference computed here, and the policy's outputs kept for our terms."""
         if not self.precompute_ref_logps:
             with self.reference() as reference:
                 chosen, rejected = self.compute_ref_log_probs(reference, inputs)
