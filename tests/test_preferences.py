@@ -25,7 +25,7 @@ from tunebook.merge import merge
 from tunebook.models import load_reward_model
 from tunebook.recipe import RecipeError, parse
 from tunebook.rewards import load_scorer, score_file, score_ids
-from tunebook.trainers import DPOTrainer, RewardTrainer
+from tunebook.trainers import DPOTrainer, PackedPairs, RewardTrainer
 
 sys.path.insert(0, str(ROOT / "src"))
 import dpo  # noqa: E402
@@ -45,7 +45,8 @@ def train(script, tiny, rows, output_dir, **changes):
         "save_strategy": "no",
         "disable_tqdm": True,
     }
-    return script.main(parse(script.__name__, keys | changes))
+    given = {name: value for name, value in (keys | changes).items() if value is not None}
+    return script.main(parse(script.__name__, given))
 
 
 def logged(trainer, name: str) -> list[float]:
@@ -405,7 +406,8 @@ LOSSES = (
 
 
 @pytest.mark.parametrize("loss_type", LOSSES.split())
-def test_every_loss_of_trl_trains_packed_as_padded(loss_type, tiny, pair_rows, tmp_path):
+def test_every_loss_of_trl_trains_packed_as_padded(loss_type, tiny, pair_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(PackedPairs, "_get_train_sampler", trl.DPOTrainer._get_train_sampler)  # the same batches
     smoothing = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust", "aot") else {}
     keys = {"loss_type": loss_type, "max_steps": 2, **smoothing}
     padded = train(dpo, tiny, pair_rows, tmp_path / "a", **keys)
@@ -450,16 +452,53 @@ def test_under_lora_the_reference_is_the_model_without_its_adapter(tiny, pair_ro
 
 
 @pytest.mark.parametrize("script", [rm, dpo])
-def test_preference_runs_resume_bit_for_bit(script, tiny, pair_rows, tmp_path):
-    keys = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4, "packing": True}
+@pytest.mark.parametrize("batch", [{}, {"max_tokens_per_batch": 200, "per_device_train_batch_size": None}], ids=str)
+def test_preference_runs_resume_bit_for_bit(script, batch, tiny, pair_rows, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, "packing": True, **batch}
     train(script, tiny, pair_rows, tmp_path / "whole", **keys)
     train(script, tiny, pair_rows, tmp_path / "parts", **keys)
     import shutil
 
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-4")
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-14")
     train(script, tiny, pair_rows, tmp_path / "parts", **keys)
     whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_saving_is_said_and_decides_the_default(tiny, pair_rows, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trainer = train(dpo, tiny, pair_rows, tmp_path / "o", packing=True)
+    assert trainer.shares_prefix
+    assert "Sharing the prefix of chosen and rejected saves" in caplog.text
+
+
+def test_a_batch_of_tokens_holds_no_more(tiny, pair_rows, tmp_path):
+    trainer = train(
+        rm, tiny, pair_rows, tmp_path / "o", packing=True, max_tokens_per_batch=150, per_device_train_batch_size=None
+    )
+    assert all(trainer.batches.lengths[batch].sum() <= 150 for batch in trainer.batches)
+    with pytest.raises(RecipeError, match="max_tokens_per_batch is 10, but the longest row"):
+        train(
+            rm, tiny, pair_rows, tmp_path / "p", packing=True, max_tokens_per_batch=10, per_device_train_batch_size=None
+        )
+
+
+def test_balanced_batches_of_another_size_are_not_resumed(tiny, pair_rows, tmp_path):
+    keys = {"packing": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    train(rm, tiny, pair_rows, tmp_path / "o", **keys)
+    with pytest.raises(RecipeError, match="Set global_batch_size: 4"):
+        train(rm, tiny, pair_rows, tmp_path / "o", **keys | {"per_device_train_batch_size": 8, "max_steps": 2})
+
+
+def test_packing_refuses_a_model_with_state_by_name(tokenizer, pair_rows, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "m"
+    )
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(RecipeError, match="Set packing: false"):
+        train(dpo, tmp_path / "m", pair_rows, tmp_path / "o", packing=True)
 
 
 def test_from_python_is_the_same_run(tiny, pair_rows, tmp_path):

@@ -18,6 +18,7 @@ from .recipe import RecipeError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+FIXED = ("model", "data", "seed", "max_tokens_per_batch")  # with another of these it is another run
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
@@ -77,11 +78,7 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> No
     """
     before = read_manifest(checkpoint)
     assert before is not None
-    changed = [
-        f"{name}: {before[name]} -> {record[name]}"
-        for name in ("model", "data", "seed")
-        if before[name] != record[name]
-    ]
+    changed = [f"{name}: {before[name]} -> {record[name]}" for name in FIXED if before[name] != record[name]]
     if changed and not force:
         raise RecipeError(
             f"{checkpoint} was made from something else ({'; '.join(changed)}). Take another output_dir, or set "

@@ -254,10 +254,8 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
     mistakes += [message for wrong, message in CONTRADICTIONS if wrong(values)]
     if mistakes:
         raise RecipeError("\n".join(mistakes))
-    try:
+    with as_mistake(TypeError, ImportError):
         args = tuple(cls(**{name: values[name] for name in fields(cls) if name in given}) for cls in TASKS[task])
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(str(error)) from error
     return Recipe(task, args, given)
 
 
@@ -293,6 +291,17 @@ def help_text(task: str) -> str:
 
 
 @contextmanager
+def as_mistake(*errors: type[Exception]) -> Iterator[None]:
+    """What is raised inside (ValueError, and `errors`) is the user's to mend: a [`RecipeError`]."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except (ValueError, *errors) as error:
+        raise RecipeError(str(error)) from error
+
+
+@contextmanager
 def report_mistakes() -> Iterator[None]:
     """End the script with code 2 and one message, without a traceback, when a [`RecipeError`] is raised inside.
 
@@ -309,3 +318,7 @@ def report_mistakes() -> Iterator[None]:
         sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
         sys.stderr.flush()
         os._exit(2)  # a normal exit would wait for the other ranks in torch.distributed's clean-up
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted; the same command goes on from the last complete checkpoint\n")
+        sys.stderr.flush()
+        os._exit(130)

@@ -36,6 +36,7 @@ RANGES = {
     "label_smoothing": Interval(ge=0, lt=0.5),
     "nll_loss_coef": AT_LEAST_ZERO,
     "benchmark_timeout": POSITIVE,
+    "max_tokens_per_batch": AT_LEAST_ONE,
     "center_rewards_coefficient": AT_LEAST_ZERO,
 }
 
@@ -104,7 +105,12 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         ),
         "load_best_model_at_end: true, or save_strategy: best",
     ),
-    ("share_prefix", lambda v: v["packing"], "packing: true"),
+    ("share_prefix max_tokens_per_batch", lambda v: v["packing"], "packing: true"),
+    (
+        "per_device_train_batch_size global_batch_size",
+        lambda v: not v.get("max_tokens_per_batch"),
+        "no max_tokens_per_batch: it decides how many pairs a batch has",
+    ),
     ("packing_strategy eval_packing", lambda v: v["packing"], "packing: true"),
     ("activation_checkpointing_kwargs", lambda v: v["activation_checkpointing"], "activation_checkpointing: true"),
     (

@@ -23,7 +23,7 @@ from .data import Data, fingerprint, load_data
 from .generations import load_metric, load_prompts, sweep
 from .hub import PENDING, check_hub_revision
 from .models import check_model, load_tokenizer
-from .recipe import Recipe, RecipeError
+from .recipe import Recipe, as_mistake
 from .trackers import set_wandb_environment
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def prepare(recipe: Recipe) -> Run:
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir)
     checkpoint = checkpoints.find_checkpoint(output_dir, training_args.resume_from_checkpoint)
-    try:
+    with as_mistake(ConnectionError):
         set_wandb_environment(
             training_args.report_to,
             training_args.wandb_entity,
@@ -62,8 +62,6 @@ def prepare(recipe: Recipe) -> Run:
             training_args.wandb_run_group,
         )
         following = check_following(recipe, resumes=checkpoint is not None)
-    except (ValueError, ConnectionError) as error:
-        raise RecipeError(str(error)) from error
     model = model_args.model_name_or_path
     check_model(model, model_args.model_revision, training_args.trust_remote_code)
     tokenizer = load_tokenizer(
@@ -82,6 +80,7 @@ def prepare(recipe: Recipe) -> Run:
         "model": model,
         "data": fingerprint(data.train),
         "seed": training_args.seed if training_args.data_seed is None else training_args.data_seed,
+        "max_tokens_per_batch": vars(training_args).get("max_tokens_per_batch"),
         "recipe": recipe.given,
         "rows": {split: str(report) for split, report in data.reports.items()},
         "versions": {name: version(name) for name in VERSIONS},
@@ -94,10 +93,8 @@ def prepare(recipe: Recipe) -> Run:
         (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.given, sort_keys=False), encoding="utf-8")
         data.write_report(output_dir / "data_report.json")
     if recipe.task != "rm" and training_args.eval_prompts:
-        try:
+        with as_mistake():
             following["eval_prompts"] = load_prompts(training_args.eval_prompts, data.raw_eval or {})
-        except ValueError as error:
-            raise RecipeError(str(error)) from error
     return Run(tokenizer, data, checkpoint, record, following)
 
 

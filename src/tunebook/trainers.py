@@ -1,8 +1,10 @@
 """TRL's trainers, on rows that are tokenized already, with exact resume, and with the objectives that TRL lacks."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from . import checkpoints
-from .packing import pack_causal_lm, pack_reward_model
-from .recipe import RecipeError
+from .packing import TokenBatchSampler, pack_causal_lm, pack_reward_model, pair_lengths
+from .recipe import RecipeError, as_mistake
+
+logger = logging.getLogger(__name__)
 
 
 class ExactResume:
@@ -126,10 +130,65 @@ class SFTTrainer(ExactResume, trl.SFTTrainer):
     def __init__(self, *, args, **kwargs):
         with settled(args, assistant_only_loss=False, chat_template_path=None, eos_token=None, model_init_kwargs=None):
             super().__init__(args=args, **kwargs)
-        pack_causal_lm(self.model, packing=args.packing)
+        with as_mistake():
+            pack_causal_lm(self.model, packing=args.packing)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest) if packing else dataset
+
+
+class PackedPairs(ExactResume):
+    """Mixin of the two preference trainers: whether the prefix is shared, and batches of even packed length."""
+
+    batches: TokenBatchSampler | None = None
+
+    @cached_property
+    def shares_prefix(self) -> bool:
+        args = self.args
+        if not args.packing:
+            return False
+        tokens, saved = pair_lengths(self.train_dataset, args.max_length)
+        share = saved.sum() / tokens.sum()
+        decided = share >= 0.05 and args.disable_dropout if args.share_prefix is None else args.share_prefix
+        logger.info(
+            "Sharing the prefix of chosen and rejected saves %.1f%% of %s tokens: share_prefix is %s.",
+            100 * share,
+            f"{tokens.sum():,}",
+            "on" if decided else "off",
+        )
+        return decided
+
+    def _get_train_sampler(self, train_dataset=None):
+        args = self.args
+        if not args.packing:
+            return super()._get_train_sampler(train_dataset)
+        tokens, saved = pair_lengths(self.train_dataset, args.max_length)
+        with as_mistake():
+            self.batches = TokenBatchSampler(
+                tokens - saved * self.shares_prefix,
+                rows_per_batch=None if args.max_tokens_per_batch else args.per_device_train_batch_size,
+                max_tokens=args.max_tokens_per_batch,
+                gradient_accumulation_steps=args.gradient_accumulation_steps,
+                seed=args.seed if args.data_seed is None else args.data_seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+                drop_last=args.dataloader_drop_last,
+            )
+        return self.batches
+
+    def _init_training_state(self, *args) -> tuple[int, int]:
+        checkpoint = args[3]
+        if checkpoint is not None and self.args.packing:
+            before = checkpoints.read_manifest(Path(checkpoint))["global_batch_size"]
+            if before != self.global_batch_size:
+                raise RecipeError(
+                    f"{checkpoint} was made with global batches of {before} pairs, balanced by tokens; with "
+                    f"{self.global_batch_size} the order is another. Set global_batch_size: {before}."
+                )
+        position = super()._init_training_state(*args)
+        if self.batches is not None:  # transformers cannot reach it behind the batches that a resumed run skips
+            self.batches.set_epoch(position[0])
+        return position
 
 
 @dataclass
@@ -143,7 +202,7 @@ class SubsetCollator(DataCollatorForPreference):
         return batch
 
 
-class RewardTrainer(ExactResume, trl.RewardTrainer):
+class RewardTrainer(PackedPairs, trl.RewardTrainer):
     """TRL's RewardTrainer with the reward read at the last token of a row whatever the pad token is, the loss in
     float32, a choice of losses, a margin that is asked for, the load-balancing loss of a mixture of experts, and exact
     accuracy, overall and by subset, in evaluation."""
@@ -153,7 +212,8 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         with settled(args, chat_template_path=None, eos_token=None, model_init_kwargs=None):
             super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.evaluated: list[torch.Tensor] = []
-        pack_reward_model(self.model, args.packing, args.share_prefix)
+        with as_mistake():
+            pack_reward_model(self.model, args.packing, self.shares_prefix)
 
     def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
         return dataset
@@ -218,7 +278,7 @@ class RewardTrainer(ExactResume, trl.RewardTrainer):
         config.mean, config.std = rewards.mean().item(), max(rewards.std().item(), 1e-8)
 
 
-class DPOTrainer(ExactResume, trl.DPOTrainer):
+class DPOTrainer(PackedPairs, trl.DPOTrainer):
     """TRL's DPOTrainer with three terms that it lacks, beside all of its own losses:
 
     cDPO (https://ericmitchell.ai/cdpo.pdf), `label_smoothing` e with sigmoid: -(1-e) logsigmoid(x) - e logsigmoid(-x),
@@ -260,8 +320,8 @@ class DPOTrainer(ExactResume, trl.DPOTrainer):
         if not self.patched:
             self.patched = True
             for model in filter(None, (self.model, self.ref_model)):
-                model = self.accelerator.unwrap_model(model)
-                pack_causal_lm(model, self.args.packing, self.args.share_prefix, self.args.truncation_mode)
+                with as_mistake():
+                    pack_causal_lm(self.accelerator.unwrap_model(model), self.args.packing, self.shares_prefix)
 
     def _precompute_ref_logps(self, *args) -> Dataset:
         self._patch_forwards()
