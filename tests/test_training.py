@@ -319,4 +319,5 @@ def test_no_token_reaches_a_file(tiny, sft_rows, tmp_path, monkeypatch):
     train(tiny, sft_rows, tmp_path / "o", max_steps=1, **changes)
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any("offline-run" in str(path) for path in files)
+    assert any(path.parent.name == "trackio" and path.suffix == ".db" for path in files)
     assert not any(b"secret" in path.read_bytes() for path in files)
