@@ -31,6 +31,7 @@ def caches(tmp_path_factory):
     """No test reads or writes the user's caches."""
     import datasets
 
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.mktemp("trackio"))
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf"))
     os.environ["HF_DATASETS_CACHE"] = str(datasets.config.HF_DATASETS_CACHE)

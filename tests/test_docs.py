@@ -18,7 +18,9 @@ def blocks(language: str) -> list[str]:
     return [block for page in PAGES for block in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
 
 
-COMMANDS = sorted({line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")})
+COMMANDS = sorted(
+    {line for block in blocks("bash") for line in block.splitlines() if line and not line.startswith("#")}
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

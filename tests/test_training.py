@@ -1,11 +1,13 @@
 """Whole runs of src/sft.py on a tiny model: what is saved, what is equal to what, what a run can be resumed from."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -311,13 +313,15 @@ def test_no_token_reaches_a_file(tiny, sft_rows, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "0123456789secret")
     monkeypatch.chdir(tmp_path)
     changes = {
-        "report_to": ["wandb", "tensorboard"],
+        "report_to": ["wandb", "tensorboard", "trackio"],
+        "project": "p",
         "wandb_project": "p",
         "wandb_run_group": "g",
         "wandb_entity": "e",
     }
     train(tiny, sft_rows, tmp_path / "o", max_steps=1, **changes)
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    folders = (tmp_path, Path(os.environ["TRACKIO_DIR"]))
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert any("offline-run" in str(path) for path in files)
-    assert any(path.parent.name == "trackio" and path.suffix == ".db" for path in files)
+    assert any(path.suffix == ".db" for path in files)
     assert not any(b"secret" in path.read_bytes() for path in files)
