@@ -32,7 +32,7 @@ sft rm dpo: install  ## make sft RECIPE=recipes/... [ACCELERATE=zero3] [ARGS="--
 	$(LAUNCH) src/$@.py --config $(RECIPE) $(ARGS)
 
 test: install  ## the whole suite: offline, no GPU
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15
 
 lint: install  ## check style; changes nothing
 	$(BIN)/ruff check .
