@@ -94,6 +94,22 @@ def test_what_does_not_fit_is_refused_by_name(keys, message, tmp_path, tokenizer
         load("sft", tokenizer, tmp_path, **keys)
 
 
+@pytest.mark.parametrize(
+    ("row", "keys", "needs"),
+    [
+        ({"text": "one"}, {"assistant_only_loss": True}, "conversations"),
+        ({"prompt": "a ", "completion": "b"}, {"last_turn_only_loss": True}, "whole conversations"),
+        ({"messages": CHAT}, {"completion_only_loss": True}, "prompts and completions"),
+        ({"messages": CHAT}, {"prompt_template": "Q: {}"}, "a column of plain prompts"),
+        ({"prompt": "a ", "completion": "b"}, {"system_prompt": "be brief"}, "apply_chat_template: true"),
+    ],
+)
+def test_a_key_that_does_nothing_to_these_rows_is_refused(row, keys, needs, tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", [row]))
+    with pytest.raises(RecipeError, match=f"{next(iter(keys))}` has no effect on these rows.*{needs}"):
+        load("sft", tokenizer, tmp_path, dataset_name=path, **keys)
+
+
 def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
     (tmp_path / "rows.docx").write_text("x")
     with pytest.raises(RecipeError, match="Known: json, jsonl, csv"):

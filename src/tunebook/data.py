@@ -223,11 +223,14 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
     keys = {role: recipe[f"{role}_column"] for role in roles if recipe.get(f"{role}_column") or role != "subset"}
     splits_long_rows = recipe.get("packing") and recipe.get("packing_strategy") in ("bfd_split", "wrapped")
     seed, reports = training_args.seed, {"train": Report(), "eval": Report()}
+    idle: list[dict[str, str]] = []  # of each source
 
     def tokens_of(dataset: Dataset, name: str, split: str) -> Dataset:
         columns = choose_columns(task, dataset.column_names, keys)
-        if tokenizer.chat_template is None and (recipe["apply_chat_template"] or has_messages(dataset, columns)):
+        templated = recipe["apply_chat_template"] or has_messages(dataset, columns)
+        if tokenizer.chat_template is None and templated:
             set_chatml(tokenizer)
+        idle.append(idle_keys(recipe, columns, templated))
         if task == "rm" and not recipe["use_margin"] and "margin" in dataset.column_names:
             logger.warning("%s has a column margin that is not used. Set use_margin: true to use it.", name)
         how = Rendering(
@@ -259,6 +262,9 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
             held_out.append(tokens_of(parts["test"], source.path, "eval"))
         trains.append(tokens_of(rows, source.path, "train"))
     train = first(mix(trains, sources, script_args.mixture_stopping, seed), script_args.max_train_samples)
+    if common := set(idle[0]).intersection(*idle):
+        name = min(common)
+        raise RecipeError(f"`{name}` has no effect on these rows ({sources[0].path}). It needs {idle[0][name]}.")
     if "subset" in train.column_names:
         train = train.remove_columns("subset")
 
@@ -280,6 +286,21 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
         if "subset" in evaluation.column_names:
             evaluation = evaluation.class_encode_column("subset")
     return Data(train, evaluation, {split: report for split, report in reports.items() if report.read}, raw)
+
+
+def idle_keys(recipe: Mapping, columns: Mapping[str, str | None], templated: bool) -> dict[str, str]:
+    """Keys of the recipe that do nothing to rows of this layout -> what they need."""
+    conversations = "conversations, or apply_chat_template: true"
+    needs = {
+        "assistant_only_loss": ("text" not in columns, "conversations, or prompts and completions"),
+        "last_turn_only_loss": ("messages" in columns, "whole conversations (messages_column)"),
+        "completion_only_loss": ("completion" in columns, "prompts and completions"),
+        "prompt_template": (columns.get("prompt") is not None, "a column of plain prompts"),
+        "system_prompt": (templated, conversations),
+        "chat_template": (templated, conversations),
+        "chat_template_path": (templated, conversations),
+    }
+    return {name: need for name, (live, need) in needs.items() if recipe.get(name) and not live}
 
 
 def has_messages(dataset: Dataset, columns: Mapping[str, str | None]) -> bool:

@@ -319,29 +319,23 @@ def tokenize(
             [texts[i].text for i in chosen], add_special_tokens=not templated, return_attention_mask=False
         )
         for row, i in enumerate(chosen):
-            ids = batch["input_ids"][row]
-            if texts[i].spans is None:
-                spans = [(0, len(ids))]
-            else:
-                spans = [
-                    (token_at(batch, row, start, end, len(ids)), token_at(batch, row, end, None, len(ids)))
-                    for start, end in texts[i].spans
-                ]
+            ids, text = batch["input_ids"][row], texts[i]
+            spans = [(0, len(ids))] if text.spans is None else [span_tokens(batch, row, *span) for span in text.spans]
+            if text.spans and text.spans[-1][1] == len(text.text):
+                spans[-1] = (spans[-1][0], len(ids))  # with what the tokenizer adds at the end
             result[i] = (ids, spans)
     return result
 
 
-def token_at(batch: BatchEncoding, row: int, char: int, end: int | None, length: int) -> int:
-    """The token that holds a character of a row, or the next that holds one before `end`: a tokenizer may drop
-    characters, such as spaces. `end` None: the first token that begins after `char - 1`."""
-    if end is None:
-        last = batch.char_to_token(row, char - 1)
-        return length if last is None or batch.char_to_token(row, char) is None else last + 1
-    for position in range(char, end):
-        token = batch.char_to_token(row, position)
-        if token is not None:
-            return token
-    return length
+def span_tokens(batch: BatchEncoding, row: int, start: int, end: int) -> tuple[int, int]:
+    """The tokens of the characters `start:end` of a row; a tokenizer may drop some characters, such as spaces."""
+    chars = range(start, end)
+    first = next((token for c in chars if (token := batch.char_to_token(row, c)) is not None), None)
+    if first is None:
+        length = len(batch["input_ids"][row])
+        return length, length
+    last = next(token for c in reversed(chars) if (token := batch.char_to_token(row, c)) is not None)
+    return first, last + 1
 
 
 def finish_sft(rows: Iterable[Any], how: Rendering) -> Iterable[dict[str, Any]]:
