@@ -278,6 +278,27 @@ class RewardTrainer(PackedPairs, trl.RewardTrainer):
         config.mean, config.std = rewards.mean().item(), max(rewards.std().item(), 1e-8)
 
 
+def shards_parameters(args) -> bool:
+    return args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3
+
+
+@contextmanager
+def offloaded_parameters(args) -> Iterator[None]:
+    """`ref_offload` under ZeRO-3: the engine that TRL makes for the reference copies the run's DeepSpeed config, and
+    TRL 1.16 has no argument to change the copy."""
+    if not (args.ref_offload and shards_parameters(args)):
+        yield
+        return
+    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    before = dict(zero)
+    zero["offload_param"] = {"device": "cpu"}
+    try:
+        yield
+    finally:
+        zero.clear()
+        zero.update(before)
+
+
 class DPOTrainer(PackedPairs, trl.DPOTrainer):
     """TRL's DPOTrainer with three terms that it lacks, beside all of its own losses:
 
@@ -293,7 +314,7 @@ class DPOTrainer(PackedPairs, trl.DPOTrainer):
 
     def __init__(self, *, args, ref_model=None, **kwargs):
         self.patched = False
-        with settled(args, model_init_kwargs=None):
+        with settled(args, model_init_kwargs=None), offloaded_parameters(args):
             super().__init__(args=args, ref_model=ref_model, **kwargs)
         self._patch_forwards()
         self.settle_objective()
@@ -330,12 +351,12 @@ class DPOTrainer(PackedPairs, trl.DPOTrainer):
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
         """The reference model, on the device for the time of its pass where `ref_offload` keeps it on the CPU."""
-        moves = self.args.ref_offload and not self.is_deepspeed_enabled
+        moves = self.args.ref_offload and not shards_parameters(self.args)
         if moves:
-            self.ref_model.to(self.accelerator.device)
+            self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
         yield self.ref_model or self.model
         if moves:
-            self.ref_model.to("cpu")
+            self.accelerator.unwrap_model(self.ref_model).to("cpu")
 
     def _compute_loss(self, model, inputs, return_outputs):
         """TRL's loss and metrics, with the reference computed here, and the policy's outputs kept for our terms."""

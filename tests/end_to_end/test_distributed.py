@@ -37,6 +37,7 @@ def recipe(task, tiny, rows, output_dir) -> dict:
         "per_device_eval_batch_size": 4,
         "disable_tqdm": True,
         **({} if task == "sft" else {"packing": True}),
+        **({"ref_offload": True} if task == "dpo" else {}),
     }
 
 
