@@ -1,7 +1,7 @@
 """Run a training script in this process and write to OUT, as JSON, what its steps took.
 
-python perf/measure.py train OUT SCRIPT ARGUMENTS...
-python perf/measure.py scale OUT SCRIPT RECIPE...     one run after the other
+python perf/measure.py OUT train SCRIPT ARGUMENTS...
+python perf/measure.py OUT scale SCRIPT RECIPE...     one run after the other
 """
 
 import json
@@ -110,6 +110,6 @@ def scale(script: str, *recipes: str) -> list[dict]:
 
 
 if __name__ == "__main__":
-    command, out, *arguments = sys.argv[1:]
+    out, command, *arguments = sys.argv[1:]
     result = {"train": train, "scale": scale}[command](*arguments)
     Path(out).write_text(json.dumps(result))

@@ -70,12 +70,20 @@ def long_tail(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
 def shared_prompts(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
     """Pairs of short answers to long prompts."""
     generator = np.random.default_rng(seed)
-    lengths = (lambda low=low, high=high: generator.integers(low, high) for low, high in ((400, 700), (20, 60), (20, 60)))
-    return pairs(count, *lengths, generator)
+    answer = lambda: generator.integers(20, 60)  # noqa: E731
+    return pairs(count, lambda: generator.integers(400, 700), answer, answer, generator)
+
+
+def equal_lengths(count: int, length: int, seed: int = 0) -> Rows:
+    """Prompt and completion of `length` tokens of the small model together, with EOS."""
+    generator = np.random.default_rng(seed)
+    return answers(count, lambda: length // 2, lambda: length - length // 2 - 1, generator)
 
 
 def answers(count: int, prompt: Length, completion: Length, generator: np.random.Generator) -> Rows:
-    return [{"prompt": text(prompt(), generator) + "\n", "completion": text(completion(), generator)} for _ in range(count)]
+    return [
+        {"prompt": text(prompt(), generator) + "\n", "completion": text(completion(), generator)} for _ in range(count)
+    ]
 
 
 def pairs(count: int, prompt: Length, chosen: Length, rejected: Length, generator: np.random.Generator) -> Rows:

@@ -11,6 +11,7 @@ from trl import get_peft_config
 
 from tunebook.models import load_model, rename_head
 from tunebook.recipe import Recipe, parse_command_line, report_mistakes
+from tunebook.rewards import pair_benchmarks
 from tunebook.run import fit, prepare
 from tunebook.trainers import RewardTrainer
 
@@ -28,6 +29,9 @@ def main(recipe: Recipe) -> RewardTrainer:
         peft_config=peft_config,
         record=run.record,
     )
+    if training_args.benchmarks:
+        batch_size = training_args.per_device_eval_batch_size
+        trainer.add_callback(pair_benchmarks(trainer, run.tokenizer, training_args.benchmarks, batch_size))
     fit(trainer, run)
     if training_args.value_head_prefix != "score" and trainer.is_world_process_zero():
         rename_head(Path(training_args.output_dir), training_args.value_head_prefix)

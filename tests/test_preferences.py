@@ -253,6 +253,30 @@ def test_score_writes_raw_and_normalized_rewards_of_a_file(reward_model, tmp_pat
         assert scored["normalized_reward"] == pytest.approx((expected - model.config.mean) / model.config.std, rel=1e-3)
 
 
+def test_a_reward_model_is_benchmarked_on_files_of_pairs(tiny, pair_rows, tmp_path):
+    keys = {
+        "do_eval": True,
+        "test_split_size": 9,
+        "packing": True,
+        "benchmarks": [str(pair_rows)],
+        "per_device_eval_batch_size": 5,
+    }
+    trainer = train(rm, tiny, pair_rows, tmp_path / "o", **keys)
+    [row] = [json.loads(line) for line in (tmp_path / "o" / "benchmarks.jsonl").read_text().splitlines()]
+    model, tokenizer = load_scorer(str(tmp_path / "o"))
+    won = {}
+    for line in pair_rows.read_text().splitlines():
+        pair = json.loads(line)
+        chosen, rejected = (
+            score_ids(model, [tokenizer(pair["prompt"] + pair[side] + tokenizer.eos_token)["input_ids"]])[0]
+            for side in ("chosen", "rejected")
+        )
+        won.setdefault(pair["subset"], []).append(chosen > rejected)
+    for subset, wins in won.items():
+        assert row["scores"]["pairs"][f"accuracy_{subset}"] == pytest.approx(sum(wins) / len(wins))
+    assert logged(trainer, "eval_bench_pairs_accuracy")
+
+
 def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": ""}])
     with pytest.raises(RecipeError, match="row 1: empty text"):

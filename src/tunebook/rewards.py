@@ -9,6 +9,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
+from .callbacks import PairAccuracyCallback
 from .data import load_source
 from .models import load_reward_model
 from .packing import pack_reward_model
@@ -26,13 +27,14 @@ def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size:
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
         batch = by_length[start : start + batch_size]
-        ids = [torch.tensor(rows[i]) for i in batch]
+        # A model in training may share prefixes between the halves of a batch, so there are two
+        ids = [torch.tensor(rows[i]) for i in batch + batch[-1:] * (len(batch) % 2)]
         logits = model(
             input_ids=pad(ids, padding_value=pad_id).to(device),
             attention_mask=pad([torch.ones_like(row) for row in ids], padding_value=0).to(device),
             use_cache=False,
         ).logits
-        for i, reward in zip(batch, logits[:, 0].float().tolist(), strict=True):
+        for i, reward in zip(batch, logits[: len(batch), 0].float().tolist(), strict=True):
             rewards[i] = reward
     return rewards
 
@@ -50,6 +52,39 @@ def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model.eval(), tokenizer
 
 
+def render(rows: Sequence[dict], renderer: Renderer, name: str) -> list[list[int]]:
+    """Token ids of rows.
+
+    Raises:
+        RecipeError: for a row that has no text (which one, and why).
+    """
+    texts = []
+    for number, row in enumerate(rows):
+        try:
+            texts.append(renderer.sft(row))
+        except Dropped as reason:
+            raise RecipeError(f"{name}, row {number}: {reason}.") from reason
+    return [ids for ids, _ in tokenize(texts, renderer.how.tokenizer)]
+
+
+def pair_benchmarks(
+    trainer, tokenizer: PreTrainedTokenizerBase, paths: Sequence[str], batch_size: int
+) -> PairAccuracyCallback:
+    """Accuracy by subset on files of pairs (RewardBench's layout), at every evaluation."""
+    renderer = Renderer(Rendering("sft", tokenizer, None, {"prompt": "prompt", "completion": "completion"}))
+
+    def score(items: list[tuple]) -> list[float]:
+        rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
+        was_training = trainer.model.training
+        rewards = score_ids(trainer.model.eval(), render(rows, renderer, "benchmark"), batch_size)
+        trainer.model.train(was_training)
+        return rewards
+
+    return PairAccuracyCallback(
+        trainer, {Path(path).stem: load_source(path, "train").to_list() for path in paths}, score
+    )
+
+
 def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> int:
     """Write the rows of a file (messages, or prompt and completion, or text) to `out` as JSON lines, each with its
     `reward` and, when the model is calibrated, `normalized_reward` = (reward - mean) / std. Returns the number of rows.
@@ -60,13 +95,7 @@ def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> in
     model, tokenizer = load_scorer(model_name)
     rows = load_source(path, "train")
     renderer = Renderer(Rendering("sft", tokenizer, None, choose_columns("sft", rows.column_names, {})))
-    texts = []
-    for number, row in enumerate(rows):
-        try:
-            texts.append(renderer.sft(row))
-        except Dropped as reason:
-            raise RecipeError(f"{path}, row {number}: {reason}.") from reason
-    rewards = score_ids(model, [ids for ids, _ in tokenize(texts, tokenizer)], batch_size)
+    rewards = score_ids(model, render(rows, renderer, path), batch_size)
     mean, std = (model.config.to_dict().get(name) for name in ("mean", "std"))
     with open(out, "w", encoding="utf-8") as file:
         for row, reward in zip(rows, rewards, strict=True):

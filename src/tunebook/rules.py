@@ -136,8 +136,13 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
     ("overwrite_hub_revision hub_push_failure hub_push_to_main", pushes, "push_to_hub_revision: true"),
     (
         "benchmark_launcher benchmark_schedule benchmark_devices benchmark_timeout",
-        lambda v: bool(v["benchmarks"]),
+        lambda v: bool(v["benchmarks"]) and "value_head_prefix" not in v,
+        "benchmarks, of sft or dpo: those of a reward model run inside the evaluation",
+    ),
+    (
         "benchmarks",
+        lambda v: "value_head_prefix" not in v or evaluates(v),
+        "eval_strategy: steps or epoch, or do_eval: true",
     ),
     ("benchmark_devices", lambda v: v["benchmark_launcher"] == "local", "benchmark_launcher: local"),
     ("eval_prompts", evaluates, "eval_strategy: steps or epoch, or do_eval: true"),
