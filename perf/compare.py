@@ -394,6 +394,7 @@ def scaling_sheet(scaling: list[dict[str, Any]]) -> Sheet:
 
 
 def targets_sheet(cases: dict[str, Any], prepared: dict[str, Any]) -> Sheet:
+    slowest = min(preparation_rates(measured)["speedup"] for measured in prepared.values())
     wanted = [
         ("SFT on GSM8K, tokens/s against TRL", "at least", 2.5, cases["sft-gsm8k"]["speedup"]),
         ("RM on GSM8K, tokens/s against TRL", "at least", 2.0, cases["rm-gsm8k"]["speedup"]),
@@ -402,12 +403,7 @@ def targets_sheet(cases: dict[str, Any], prepared: dict[str, Any]) -> Sheet:
         ("peak memory against TRL, worst case", "at most", 1.0, max(case["memory_ratio"] for case in cases.values())),
         ("SFT on GSM8K, share of the matmul rate", "at least", 0.7, cases["sft-gsm8k"]["matmul_share"][TUNEBOOK]),
         ("the same, counted as 6N", "at least", 0.7, cases["sft-gsm8k"]["matmul_share_6n"]),
-        (
-            "rows/s against TRL, slowest task",
-            "at least",
-            3.0,
-            min(preparation_rates(p)["speedup"] for p in prepared.values()),
-        ),
+        ("rows/s of preparation against TRL, slowest task", "at least", 3.0, slowest),
     ]
     lines = []
     for label, bound, target, value in wanted:
@@ -477,7 +473,7 @@ def measure(arguments: argparse.Namespace, command: str, folder: Path) -> dict[s
     models = {"SmolLM2-135M": arguments.model, "10M": folder / "10M"}
     if arguments.quick:
         models["SmolLM2-135M"] = models["10M"]
-        rows.save_small_model(models["10M"], hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        rows.save_small_model(models["10M"], hidden_size=40, intermediate_size=64, num_hidden_layers=2)
     else:
         rows.save_small_model(models["10M"])
         materialize(arguments.model)
@@ -508,18 +504,19 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--output", type=Path, help="folder of results (default: perf/results, when all is measured)")
     parser.add_argument("--docs", action="store_true", help="measure nothing, write the tables of docs/performance.md")
     arguments = parser.parse_args(argv)
+    everything = not (arguments.quick or arguments.only or arguments.docs)
     if not arguments.docs:
         with tempfile.TemporaryDirectory() as folder:
             results = measure(arguments, shlex.join(["python", "perf/compare.py", *argv]), Path(folder))
         for sheet in sheets(results):
             Console().print(sheet.table())
-        everything = not (arguments.quick or arguments.only)
         if output := arguments.output or (RESULTS if everything else None):
             output.mkdir(parents=True, exist_ok=True)
             file = output / f"{results['machine']['name']}.json"
             file.write_text(json.dumps(results, indent=1) + "\n")
             draw(results, file.with_suffix(".png"))
-    DOCS.write_text(write_tables(DOCS.read_text()))
+    if everything or arguments.docs:
+        DOCS.write_text(write_tables(DOCS.read_text()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -64,14 +65,14 @@ def long_tail(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
     """Most answers short, a few of up to 900 words."""
     generator = np.random.default_rng(seed)
     tail = lognormal(generator, 4.5, 1.0)
-    return answers(count, lambda: generator.integers(20, 60), lambda: min(tail(), 900), generator)
+    return answers(count, partial(generator.integers, 20, 60), lambda: min(tail(), 900), generator)
 
 
 def shared_prompts(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
     """Pairs of short answers to long prompts."""
     generator = np.random.default_rng(seed)
-    answer = lambda: generator.integers(20, 60)  # noqa: E731
-    return pairs(count, lambda: generator.integers(400, 700), answer, answer, generator)
+    answer = partial(generator.integers, 20, 60)
+    return pairs(count, partial(generator.integers, 400, 700), answer, answer, generator)
 
 
 def equal_lengths(count: int, length: int, seed: int = 0) -> Rows:
@@ -98,7 +99,7 @@ def pairs(count: int, prompt: Length, chosen: Length, rejected: Length, generato
 
 
 def lognormal(generator: np.random.Generator, mean: float, deviation: float) -> Length:
-    return lambda: generator.lognormal(mean, deviation)
+    return partial(generator.lognormal, mean, deviation)
 
 
 def text(words: float, generator: np.random.Generator) -> str:

@@ -217,7 +217,7 @@ print("model", sys.argv[2], "revision", sys.argv[3], "device", os.environ.get("C
 
 class TestJobs:
     def test_failing_benchmark_is_a_row_with_the_end_of_its_log(self, tmp_path, stand_in):
-        stand_in("import sys; print('line one'); sys.exit('out of memory')")
+        stand_in("import sys; print('line one', flush=True); sys.exit('out of memory')")
         [row] = run_benchmarks("org/model", [find_benchmark("arithmetic")], tmp_path)
         assert row["status"] == "failed" and row["scores"] == {}
         assert row["error"].splitlines() == ["exit code 1", "line one", "out of memory"]

@@ -366,3 +366,4 @@ if __name__ == "__main__":
     run(trainer, benchmarks=[find_benchmark("arithmetic")], benchmark_schedule="evaluation")
     best = f"{trainer.state.best_global_step} {trainer.state.best_metric}"
     Path(sys.argv[2], f"best-{trainer.args.process_index}").write_text(best)
+    trainer.end()  # gloo's threads abort a process that ends without it
