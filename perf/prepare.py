@@ -30,12 +30,9 @@ def prepare_with_trl(task: str, model: str, rows: str, split: str, output_dir: s
     """Seconds of load_dataset, as in TRL's scripts, and of the trainer's `_prepare_dataset`."""
     config, trainer, model_class = TRL[task]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    # One head and one layer: the constructor wants a model, and prepares the rows
-    tiny = model_class(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1
-        )
-    )
+    # The constructor, which prepares the rows, wants a model
+    sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1, num_labels=1)
+    tiny = model_class(LlamaConfig(vocab_size=len(tokenizer), **sizes))
     preparing = 0.0
 
     class TimedTrainer(trainer):
