@@ -36,6 +36,7 @@ MISTAKES = [
     ("sft", {"max_length": -5}, "greater than or equal to 1"),
     ("sft", {"packing": "maybe"}, "packing`: input should be a valid boolean"),
     ("sft", {"lr_scheduler_type": "cosinus"}, "cosinus is not a valid SchedulerType"),
+    ("sft", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min": 0.1}}, "unexpected keyword"),
     ("sft", {"optim": "adamx"}, "adamx is not a valid OptimizerNames"),
     ("sft", {"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
     ("sft", {"packing": True, "packing_strategy": "ffd"}, "'ffd' is not one of bfd"),

@@ -1,22 +1,27 @@
-"""Every shipped recipe, for two steps: nothing changed but the model (a tiny one of the same architecture), the data (a
-local file of the same columns), the device, the folder and the number of steps."""
+"""Every recipe runs: two steps with nothing changed but the model, the rows, the device and the number of steps.
 
+The model is a random one of the same architecture, the rows are local ones with the columns of the recipe's data set.
+"""
+
+import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_model, build_tokenizer, write_rows
+import trl
+from conftest import ROOT, TEMPLATE, build_tokenizer, question, write_rows
+from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    LlamaConfig,
     MixtralConfig,
-    MixtralForCausalLM,
     Qwen3Config,
-    Qwen3ForCausalLM,
 )
 
-from tunebook.recipe import parse, read_recipe
+from tunebook.recipe import TASKS, parse, read_recipe
 
 sys.path.insert(0, str(ROOT / "src"))
 import dpo  # noqa: E402
@@ -25,79 +30,118 @@ import sft  # noqa: E402
 
 SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo}
 RECIPES = sorted(ROOT.glob("recipes/**/*.yaml"))
-SMALL = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-ARCHITECTURES = {"llama": "llama", "smollm2": "llama", "mixtral": "mixtral", "qwen3": "qwen3", "quickstart": "llama"}
+
+QWEN3 = Path(trl.__file__).parent / "chat_templates" / "qwen3.jinja"
+ARCHITECTURES = {  # folder of recipes -> the model's config, what is particular to it, chat template
+    "quickstart": (LlamaConfig, {"tie_word_embeddings": True}, TEMPLATE),
+    "smollm2-135m": (LlamaConfig, {"tie_word_embeddings": True}, TEMPLATE),
+    "llama-3-8b": (LlamaConfig, {}, TEMPLATE),
+    "mixtral-8x7b": (MixtralConfig, {"num_local_experts": 8, "num_experts_per_tok": 2}, None),
+    "qwen3-1.7b": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}, QWEN3.read_text()),
+}
+
+
+def turns(i: int, answer: str) -> list[dict]:
+    return [{"role": "user", "content": question(i)}, {"role": "assistant", "content": answer}]
+
+
+ROWS = {  # data set of a recipe -> a row with its columns
+    "Open-Orca/OpenOrca": lambda i: {
+        "id": str(i),
+        "system_prompt": "be brief",
+        "question": question(i),
+        "response": "five " * (1 + i % 5),
+    },
+    "trl-lib/Capybara": lambda i: {
+        "source": "Airoboros",
+        "messages": turns(i, "five " * (1 + i % 5)) + turns(i, "four"),
+        "num_turns": 2,
+    },
+    "trl-lib/ultrafeedback_binarized": lambda i: {
+        "chosen": turns(i, "five " * (1 + i % 5)),
+        "rejected": turns(i, "one"),
+        "score_chosen": 8.0,
+        "score_rejected": 6.5,
+    },
+    "OpenRLHF/preference_dataset_mixture2_and_safe_pku": lambda i: {
+        "chosen": turns(i, "five " * (1 + i % 5)),
+        "rejected": turns(i, "one"),
+    },
+    "data/gsm8k/preferences.jsonl": lambda i: {"prompt": question(i), "chosen": f"A: {i}", "rejected": "A: one"},
+}
+ROWS["data/gsm8k/preferences_test.jsonl"] = ROWS["data/gsm8k/preferences.jsonl"]
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A folder for each architecture."""
-    tokenizer, folder = build_tokenizer(), tmp_path_factory.mktemp("architectures")
-    torch.manual_seed(0)
-    vocabulary = len(tokenizer)
-    built = {
-        "llama": build_model(vocabulary),
-        "mixtral": MixtralForCausalLM(
-            MixtralConfig(vocab_size=vocabulary, num_hidden_layers=1, num_local_experts=2, **SMALL)
-        ),
-        "qwen3": Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, num_hidden_layers=1, head_dim=16, **SMALL)),
-    }
-    for name, model in built.items():
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+def models(tmp_path_factory) -> dict[str, Path]:
+    """Folder of recipes -> folder of a random model of the same architecture, and its tokenizer."""
+    folders = {}
+    for name, (config, particular, template) in ARCHITECTURES.items():
+        folders[name] = tmp_path_factory.mktemp(name)
+        tokenizer = build_tokenizer(template=template)
+        small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
+        small |= dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer))
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config(**small, **particular)).save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    return folders
 
 
-def user(text: str) -> list[dict]:
-    return [{"role": "user", "content": text}]
+@pytest.fixture(scope="module")
+def local_rows(tmp_path_factory):
+    """Data set of a recipe -> where its local double is: a folder with two splits for one of the Hub, else a file.
+    What the repository ships is its own double."""
+    folder = tmp_path_factory.mktemp("rows")
+
+    def find(name: str) -> str:
+        if name not in ROWS:
+            assert (ROOT / name).is_file(), f"ROWS has no double of {name}"
+            return str(ROOT / name)
+        double = folder / name
+        if not double.exists():
+            rows = [ROWS[name](i) for i in range(64)]
+            if double.suffix:
+                double.parent.mkdir(parents=True, exist_ok=True)
+                write_rows(double, rows)
+            else:
+                double.mkdir(parents=True)
+                write_rows(double / "train.jsonl", rows)
+                write_rows(double / "test.jsonl", rows[:8])
+        return str(double)
+
+    return find
 
 
-def assistant(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
-
-
-def row_like(data: str, i: int) -> dict:
-    """A row with the columns, and the kinds of values, of a recipe's data set."""
-    question, good, bad = f"what is {i} plus 1?", f"five {i}", f"one {i} and four"
-    if data == "Open-Orca/OpenOrca":
-        return {"system_prompt": "", "question": question, "response": good}
-    if data in ("trl-lib/Capybara", "data/quickstart/sft_train.jsonl"):
-        return {"messages": user(question) + assistant(good)}
-    if data == "data/quickstart/preferences_train.jsonl":
-        return {"prompt": user(question), "chosen": assistant(good), "rejected": assistant(bad), "subset": "home"}
-    if data in ("trl-lib/ultrafeedback_binarized", "OpenRLHF/preference_dataset_mixture2_and_safe_pku"):
-        return {"chosen": user(question) + assistant(good), "rejected": user(question) + assistant(bad)}
-    assert data == "data/gsm8k/preferences.jsonl", f"say here what the rows of {data} are like"
-    return {"prompt": question, "chosen": good, "rejected": bad}
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes").with_suffix("")))
-def test_a_recipe_runs_for_two_steps(path, models, tmp_path):
-    keys = read_recipe(path)
-    task = path.stem if path.parent.name == "quickstart" else path.parent.name
-    family = next(name for name in ARCHITECTURES if path.relative_to(ROOT / "recipes").parts[0].startswith(name))
-    count = (
-        max(2 * keys.get("global_batch_size", keys["per_device_train_batch_size"]), keys.get("test_split_size", 0)) + 40
-    )
-    rows = write_rows(tmp_path / "rows.jsonl", [row_like(keys["dataset_name"], i) for i in range(count)])
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_a_recipe_trains_two_steps_and_its_model_loads(path, models, local_rows, tmp_path):
+    recipe = read_recipe(path)
+    task = path.stem if path.stem in TASKS else path.parent.name
     changes = {
-        "model_name_or_path": str(models / ARCHITECTURES[family]),
-        "dataset_name": str(rows),
+        "model_name_or_path": str(models[path.relative_to(ROOT / "recipes").parts[0]]),
         "output_dir": str(tmp_path / "o"),
-        "bf16": False,
         "dtype": "float32",
+        "bf16": False,
+        "use_cpu": True,
         "max_steps": 2,
-        "disable_tqdm": True,
         "logging_steps": 1,
+        "disable_tqdm": True,
+        **{key: local_rows(recipe[key]) for key in ("dataset_name", "eval_dataset_name") if key in recipe},
     }
-    if "eval_dataset_name" in keys:
-        changes["eval_dataset_name"] = str(rows)
-    elif keys.get("eval_strategy") and "test_split_size" not in keys:
-        changes |= {"dataset_test_split": "train", "max_eval_samples": 4}  # a local file has one split
-    trainer = SCRIPTS[task].main(parse(task, keys, changes))
+    if "datasets" in recipe:
+        changes["datasets"] = [source | {"path": local_rows(source["path"])} for source in recipe["datasets"]]
+    if "global_batch_size" in recipe:  # two micro-batches a step
+        changes["global_batch_size"] = 2 * recipe["per_device_train_batch_size"]
+    trainer = SCRIPTS[task].main(parse(task, recipe, changes))
+
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert trainer.state.global_step == len(losses) == 2
-    assert all(math.isfinite(loss) for loss in losses)
-    if not keys.get("use_peft"):
-        head = AutoModelForSequenceClassification if task == "rm" else AutoModelForCausalLM
-        head.from_pretrained(tmp_path / "o")
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert trainer.state.global_step == 2
+    if recipe.get("do_eval") or "eval_strategy" in recipe:
+        assert math.isfinite(json.loads((tmp_path / "o" / "eval_results.json").read_text())["eval_loss"])
+    auto = {
+        (False, False): AutoModelForCausalLM,
+        (False, True): AutoModelForSequenceClassification,
+        (True, False): AutoPeftModelForCausalLM,
+        (True, True): AutoPeftModelForSequenceClassification,
+    }[bool(recipe.get("use_peft")), task == "rm"]
+    auto.from_pretrained(tmp_path / "o", **({"num_labels": 1} if task == "rm" else {}))

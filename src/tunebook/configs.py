@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 import trl
+from transformers import get_scheduler
 from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 
@@ -136,6 +137,9 @@ class RunConfig:
                 "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Take ddp.yaml or zero3.yaml."
             )
         super().__post_init__()
+        # Built once on nothing, so that arguments that the schedule does not take fail now and not after the data
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, self.lr_scheduler_kwargs)
         self.gradient_accumulation_steps = accumulation_steps(
             self.global_batch_size, self.per_device_train_batch_size, self.world_size, self.gradient_accumulation_steps
         )
