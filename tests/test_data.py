@@ -337,6 +337,14 @@ def test_max_samples_and_an_evaluation_set_of_its_own(tmp_path, tokenizer):
     assert data.eval[0]["input_ids"] == data.train[5]["input_ids"]
 
 
+def test_an_evaluation_set_on_the_command_line_replaces_the_recipes_split(tmp_path, tokenizer):
+    rows, other = write_rows(tmp_path / "r.jsonl", ROWS), write_rows(tmp_path / "e.jsonl", ROWS[5:])
+    recipe = {"model_name_or_path": "m", "output_dir": "o", "bf16": False, "dataset_name": str(rows)}
+    given = parse("sft", recipe | {"test_split_size": 4, "do_eval": True}, {"eval_dataset_name": str(other)})
+    data = load_data("sft", given.args[0], given.args[1], tokenizer)
+    assert len(data.train) == 20 and len(data.eval) == 15
+
+
 # ---- Preferences ----
 
 

@@ -146,6 +146,13 @@ def test_the_command_line_overrides_lists_flags_and_nested_keys():
     }
 
 
+def test_no_is_a_word_and_not_false(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("save_strategy: no\npacking: yes\n")
+    args = parse("sft", BASE | read_recipe(path), read_command_line(["--eval_strategy", "no"])[1]).args[1]
+    assert (args.save_strategy, args.eval_strategy, args.packing) == ("no", "no", True)
+
+
 def test_nested_overrides_keep_the_recipes_other_entries():
     merged = recipe.merge({"lr_scheduler_kwargs": {"a": 1, "b": 2}}, {"lr_scheduler_kwargs": {"b": 3}})
     assert merged == {"lr_scheduler_kwargs": {"a": 1, "b": 3}}

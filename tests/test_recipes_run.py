@@ -89,27 +89,16 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def local_rows(tmp_path_factory):
-    """Data set of a recipe -> where its local double is: a folder with two splits for one of the Hub, else a file.
-    What the repository ships is its own double."""
+    """Data set of a recipe -> its local double: for one of the Hub a folder with a train and a test split, for a file
+    that the user brings a file. Files that the repository ships are taken as they are."""
     folder = tmp_path_factory.mktemp("rows")
-
-    def find(name: str) -> str:
-        if name not in ROWS:
-            assert (ROOT / name).is_file(), f"ROWS has no double of {name}"
-            return str(ROOT / name)
+    for name, row in ROWS.items():
         double = folder / name
-        if not double.exists():
-            rows = [ROWS[name](i) for i in range(64)]
-            if double.suffix:
-                double.parent.mkdir(parents=True, exist_ok=True)
-                write_rows(double, rows)
-            else:
-                double.mkdir(parents=True)
-                write_rows(double / "train.jsonl", rows)
-                write_rows(double / "test.jsonl", rows[:8])
-        return str(double)
-
-    return find
+        for path in [double] if double.suffix else [double / "train.jsonl", double / "test.jsonl"]:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            count = 8 if "test" in path.stem else 512  # 512: two steps of the largest global batch
+            write_rows(path, [row(i) for i in range(count)])
+    return lambda name: str(folder / name if name in ROWS else ROOT / name)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
@@ -129,8 +118,6 @@ def test_a_recipe_trains_two_steps_and_its_model_loads(path, models, local_rows,
     }
     if "datasets" in recipe:
         changes["datasets"] = [source | {"path": local_rows(source["path"])} for source in recipe["datasets"]]
-    if "global_batch_size" in recipe:  # two micro-batches a step
-        changes["global_batch_size"] = 2 * recipe["per_device_train_batch_size"]
     trainer = SCRIPTS[task].main(parse(task, recipe, changes))
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
@@ -145,3 +132,9 @@ def test_a_recipe_trains_two_steps_and_its_model_loads(path, models, local_rows,
         (True, True): AutoPeftModelForSequenceClassification,
     }[bool(recipe.get("use_peft")), task == "rm"]
     auto.from_pretrained(tmp_path / "o", **({"num_labels": 1} if task == "rm" else {}))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: str(path.relative_to(ROOT / "recipes")))
+def test_a_recipe_says_its_hardware_and_is_in_the_table(path):
+    assert path.read_text().startswith("# Hardware: ")
+    assert f"]({path.relative_to(ROOT / 'recipes')})" in (ROOT / "recipes" / "README.md").read_text()

@@ -252,11 +252,12 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
             max_samples=script_args.max_train_samples if script_args.test_split_size is None else None,
         )
     ]
+    holds_out = training_args.do_eval and script_args.test_split_size is not None and not script_args.eval_dataset_name
     trains, held_out = [], []
     for source in sources:
         rows = load_source(source.path, source.split, source.name, source.data_dir, source.data_files)
         rows = first(select_columns(rows, source.columns, source.path), source.max_samples)
-        if script_args.test_split_size is not None and training_args.do_eval:
+        if holds_out:
             parts = split_rows(rows, script_args.test_split_size, seed, source.path)
             rows = parts["train"]
             held_out.append(tokens_of(parts["test"], source.path, "eval"))

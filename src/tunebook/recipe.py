@@ -83,7 +83,13 @@ class RecipeError(ValueError):
 
 
 class Loader(yaml.SafeLoader):
-    """YAML in which a key stands once, and 2e-5 is a number as in YAML 1.2 (PyYAML reads YAML 1.1: a string)."""
+    """YAML in which a key stands once, and as in YAML 1.2 2e-5 is a number and `no` a word (save_strategy: no). PyYAML
+    reads YAML 1.1, where they are a string and false."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(key) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -95,6 +101,9 @@ class Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"^(true|True|TRUE|false|False|FALSE)$"), list("tTfF")
+)
 Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
