@@ -1,0 +1,580 @@
+"""Speed, memory and start of tunebook's scripts against TRL's own, side by side, on the CPU in float32.
+
+python perf/compare.py                   all cases; writes perf/results/<machine>.json and .png, docs/performance.md
+python perf/compare.py --only rm-gsm8k   one of them; prints its table
+python perf/compare.py --docs            the tables of docs/performance.md again, from perf/results
+
+Each case trains the same model on the same rows with the same batch, a process a run, in turn: TRL, tunebook, TRL,
+tunebook. TRL runs at its defaults, which compute activations again in the backward pass; once without that, too.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import rows
+import torch
+import torch.nn.functional as F
+import yaml
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from torch.utils.benchmark import Timer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from tunebook.quickstart import materialize
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "perf/results"
+DOCS = ROOT / "docs/performance.md"
+PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "tokenizers")
+SCRIPTS = {
+    "sft": ("trl.scripts.sft", "src/sft.py"),
+    "rm": ("trl.scripts.reward", "src/rm.py"),
+    "dpo": ("trl.scripts.dpo", "src/dpo.py"),
+}
+TRL, TUNEBOOK = "TRL", "tunebook"  # in every round; the others in the first
+TRL_NO_CHECKPOINTING, TUNEBOOK_CHECKPOINTING = "TRL, no checkpointing", "tunebook, checkpointing"
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    task: str
+    model: str
+    rows: str  # a function of rows.py
+    batch: int
+    steps: int  # timed; one more comes before them
+    sides: tuple[str, ...]
+
+
+PAIR, THREE = (TRL, TUNEBOOK), (TRL, TUNEBOOK, TRL_NO_CHECKPOINTING)
+FOUR = (*THREE, TUNEBOOK_CHECKPOINTING)
+CASES = (
+    Case("sft-gsm8k", "sft", "SmolLM2-135M", "gsm8k", 8, 1, FOUR),
+    Case("rm-gsm8k", "rm", "SmolLM2-135M", "gsm8k_preferences", 8, 1, FOUR),
+    Case("dpo-gsm8k", "dpo", "SmolLM2-135M", "gsm8k_preferences", 8, 1, FOUR),
+    Case("sft-long-tail", "sft", "10M", "long_tail", 8, 4, THREE),
+    Case("rm-shared-prompts", "rm", "10M", "shared_prompts", 8, 2, THREE),
+    Case("dpo-shared-prompts", "dpo", "10M", "shared_prompts", 8, 2, THREE),
+    Case("sft-gsm8k-16", "sft", "SmolLM2-135M", "gsm8k", 16, 1, PAIR),
+)
+OTHERS = ("preparation", "scaling")
+LENGTHS, BATCHES, BATCH_LENGTH = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8), 512  # of scaling
+SCALING_STEPS, PREPARED_ROWS = 3, 2000
+
+
+# ---- Measuring -----------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """Runs everything in processes of its own, in a folder that is thrown away.
+
+    Args:
+        models: folders, by the names that the cases use.
+        gsm8k: a folder with train.jsonl and preferences.jsonl; without it, words of the same lengths.
+        arguments: rounds, minutes and quick of the command line.
+    """
+
+    def __init__(self, folder: Path, models: dict[str, Path], gsm8k: Path | None, arguments: argparse.Namespace):
+        self.folder, self.models, self.gsm8k = folder, models, gsm8k
+        self.quick, self.rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
+        self.deadline = time.monotonic() + 60 * arguments.minutes
+        self.console, self.paths = Console(), 0
+
+    def new_path(self) -> Path:
+        self.paths += 1
+        return self.folder / str(self.paths)
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a script beside this one writes down. Data caches are empty; threads are the environment's."""
+        out = self.new_path()
+        env = {**os.environ, "HF_DATASETS_CACHE": str(self.new_path()), "HF_HUB_OFFLINE": "1"}
+        env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
+        command = [sys.executable, "-W", "ignore", str(ROOT / "perf" / script), str(out), *map(str, arguments)]
+        process = subprocess.run(command, env=env, capture_output=True, text=True)
+        if process.returncode:
+            raise RuntimeError(f"{shlex.join(command)} failed:\n{process.stderr[-4000:]}")
+        return json.loads(out.read_text())
+
+    def draw_rows(self, name: str, count: int) -> rows.Rows:
+        return getattr(rows, name)(count, self.gsm8k)
+
+    def write_recipe(self, options: dict[str, Any]) -> Path:
+        recipe = self.new_path().with_suffix(".yaml")
+        recipe.write_text(yaml.safe_dump(options))
+        return recipe
+
+    def compare(self, cases: list[Case]) -> dict[str, dict[str, Any]]:
+        """The runs of both sides, round by round; after the first round, of the cases for which there is time."""
+        records = {case.name: self.set_up(case) for case in cases}
+        for round in range(self.rounds):
+            for case in cases:
+                record = records[case.name]
+                if not round:
+                    self.run_round(case, record, case.sides)
+                elif time.monotonic() + sum(record["runs"][side][-1]["seconds"] for side in PAIR) < self.deadline:
+                    self.run_round(case, record, PAIR)
+        for record in records.values():
+            del record["files"]
+        return records
+
+    def set_up(self, case: Case) -> dict[str, Any]:
+        batch, steps = (2, 1) if self.quick else (case.batch, case.steps)
+        drawn = self.draw_rows(case.rows, batch * steps)
+        ours = rows.write(drawn, self.new_path())
+        # TRL takes its rows as they stand, the short ones in the step that is not timed. Batches of packed pairs are
+        # balanced, and rows of SFT packed: there the step that is not timed is one of the same rows.
+        theirs = rows.write(rows.short(batch, drawn[0]) + drawn, self.new_path()).parent
+        common = {"max_steps": steps + 1, "per_device_train_batch_size": batch, "bf16": False, "use_cpu": True}
+        common |= {"save_strategy": "no", "report_to": "none"}
+        trl = {**common, "train_sampling_strategy": "sequential"}
+        tunebook = {**common, "packing": True, "activation_checkpointing": False}
+        if case.task == "sft":
+            length = packed_length(drawn, self.models[case.model], steps)
+            tunebook |= {"per_device_train_batch_size": 1, "max_length": length}
+        else:
+            tunebook["share_prefix"] = True
+        return {
+            "case": asdict(case),
+            "files": {TRL: theirs, TUNEBOOK: ours, TRL_NO_CHECKPOINTING: theirs, TUNEBOOK_CHECKPOINTING: ours},
+            "settings": {
+                TRL: trl,
+                TUNEBOOK: tunebook,
+                TRL_NO_CHECKPOINTING: {**trl, "gradient_checkpointing": False},
+                TUNEBOOK_CHECKPOINTING: {**tunebook, "activation_checkpointing": True},
+            },
+            "matmul_rates": [],
+            "runs": {side: [] for side in case.sides},
+        }
+
+    def run_round(self, case: Case, record: dict[str, Any], sides: tuple[str, ...]) -> None:
+        model = self.models[case.model]
+        record["matmul_rates"].append(matmul_rate(model))
+        for side in sides:
+            options = {
+                "model_name_or_path": model,
+                "dataset_name": record["files"][side],
+                "output_dir": self.new_path(),
+            }
+            options = {name: str(path) for name, path in options.items()} | record["settings"][side]
+            if side in (TUNEBOOK, TUNEBOOK_CHECKPOINTING):
+                arguments = (ROOT / SCRIPTS[case.task][1], "--config", self.write_recipe(options))
+            else:
+                arguments = (SCRIPTS[case.task][0], *(f"--{name}={value}" for name, value in options.items()))
+            start = time.monotonic()
+            run = self.run("measure.py", "train", *arguments)
+            run["seconds"] = time.monotonic() - start
+            record["runs"][side].append(run)
+            self.console.log(f"{case.name}, {side}: {rate(run):,.0f} tokens/s")
+
+    def prepare(self) -> dict[str, Any]:
+        """Seconds from a file to tokenized rows, in turn."""
+        count = 20 if self.quick else PREPARED_ROWS
+        files = {}
+        for task, name in (("sft", "gsm8k"), ("rm", "gsm8k_preferences"), ("dpo", "gsm8k_preferences")):
+            files[task] = str(rows.write(self.draw_rows(name, count), self.new_path()))
+        seconds = self.run("prepare.py", self.models["SmolLM2-135M"], json.dumps(files), self.rounds)
+        self.console.log(f"preparation: {json.dumps(seconds)} s")
+        return {task: {"rows": count, "seconds": of_task} for task, of_task in seconds.items()}
+
+    def scale(self) -> list[dict[str, Any]]:
+        """Steps of SFT on the small model, by the length of a row and by the number of rows."""
+        lengths, batches, steps = (LENGTHS, BATCHES, SCALING_STEPS) if not self.quick else ((8, 16), (1, 2), 1)
+        unit = BATCH_LENGTH if not self.quick else lengths[-1]
+        shapes = [(length, 1) for length in lengths] + [(unit, batch) for batch in batches]
+        recipes = []
+        for length, batch in shapes:
+            file = rows.write(rows.equal_lengths(batch * (steps + 1), length), self.new_path())
+            options = {"model_name_or_path": str(self.models["10M"]), "dataset_name": str(file)}
+            options |= {"output_dir": str(self.new_path()), "max_length": length, "per_device_train_batch_size": batch}
+            options |= {"max_steps": steps + 1, "packing": True, "activation_checkpointing": False, "bf16": False}
+            recipes.append(self.write_recipe({**options, "use_cpu": True, "save_strategy": "no"}))
+        runs = self.run("measure.py", "scale", ROOT / SCRIPTS["sft"][1], *recipes)
+        self.console.log("scaling is measured")
+        return [
+            {"length": length, "batch": batch, "seconds": [step["seconds"] for step in timed(run)]}
+            for (length, batch), run in zip(shapes, runs, strict=True)
+        ]
+
+
+def packed_length(drawn: rows.Rows, model: Path, steps: int) -> int:
+    """Of a packed row, so that `steps` of them hold all rows: as many tokens as a padded batch has on average."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lengths = [len(ids) + 1 for ids in tokenizer([row["prompt"] + row["completion"] for row in drawn])["input_ids"]]
+    return max(*lengths, round(1.02 * sum(lengths) / steps))
+
+
+def matmul_rate(model: Path, tokens: int = 2048) -> float:
+    """Operations a second of `tokens` through the first layer of the model's MLP, in float32."""
+    config = AutoConfig.from_pretrained(model)
+    x, weight = torch.randn(tokens, config.hidden_size), torch.randn(config.intermediate_size, config.hidden_size)
+    timer = Timer(
+        "linear(x, weight)",
+        globals={"linear": F.linear, "x": x, "weight": weight},
+        num_threads=torch.get_num_threads(),
+    )
+    return 2 * tokens * weight.numel() / timer.blocked_autorange(min_run_time=0.5).median
+
+
+# ---- What it comes to ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Size:
+    """Parameters that every token is multiplied with, those of the LM head, and the width of all attention layers."""
+
+    body: int
+    head: int
+    attention: int
+
+    @classmethod
+    def of(cls, model: Path) -> "Size":
+        config = AutoConfig.from_pretrained(model)
+        with torch.device("meta"):
+            parameters = AutoModelForCausalLM.from_config(config).base_model.num_parameters(exclude_embeddings=True)
+        head_dim = config.head_dim or config.hidden_size // config.num_attention_heads
+        return cls(
+            body=parameters,
+            head=config.vocab_size * config.hidden_size,
+            attention=config.num_hidden_layers * config.num_attention_heads * head_dim,
+        )
+
+
+def operations(task: str, size: Size, lengths: np.ndarray, shared: np.ndarray, scored: int) -> float:
+    """
+    Floating-point operations that a training step cannot do without: no padding, nothing computed twice. 2 a parameter
+    and token, 4 a query and visible key and unit of width; the backward twice the forward, and for DPO the
+    reference's forward.
+
+    Args:
+        lengths: (documents,) tokens.
+        shared: (documents,) how many of them another document computes.
+        scored: positions that the LM head scores.
+    """
+    forward = 2 * size.body * (lengths - shared).sum() + 2 * size.head * scored
+    forward += 4 * size.attention * (lengths**2 - shared**2).sum() / 2
+    return float(forward * (4 if task == "dpo" else 3))
+
+
+def timed(run: dict[str, Any]) -> list[dict[str, Any]]:
+    return run["steps"][1:]
+
+
+def total(steps: list[dict[str, Any]], name: str) -> float:
+    return float(sum(np.sum(step[name]) for step in steps))
+
+
+def rate(run: dict[str, Any]) -> float:
+    """Tokens a second: those of the rows, without padding, and the prompt in both sides of a pair."""
+    return total(timed(run), "lengths") / total(timed(run), "seconds")
+
+
+def operation_rate(run: dict[str, Any], task: str, size: Size, shares: bool, six_n: bool = False) -> float:
+    """Needed operations a second; with `six_n`, as if the LM head scored every token, as the rule of 6N counts."""
+    needed = 0.0
+    for step in timed(run):
+        lengths, shared = np.array(step["lengths"]), np.array(step["shared"]) * shares
+        needed += operations(task, size, lengths, shared, lengths.sum() if six_n else step["scored"])
+    return needed / total(timed(run), "seconds")
+
+
+def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
+    """A case in numbers: medians over the runs of each side, and their ratios."""
+    task, runs = record["case"]["task"], record["runs"]
+    matmul = median(record["matmul_rates"])
+    tokens_per_second = {side: median(map(rate, of_side)) for side, of_side in runs.items()}
+    peak_memory = {side: median(run["peak_memory"] for run in of_side) for side, of_side in runs.items()}
+    padded, packed = ([step for run in runs[side] for step in timed(run)] for side in PAIR)
+    summary = {
+        "tokens_per_second": tokens_per_second,
+        "speedup": tokens_per_second[TUNEBOOK] / tokens_per_second[TRL],
+        "peak_memory": peak_memory,
+        "memory_ratio": peak_memory[TUNEBOOK] / peak_memory[TRL],
+        "seconds_to_first_step": {
+            side: median(run["seconds_to_first_step"] for run in of_side) for side, of_side in runs.items()
+        },
+        "padding_efficiency": total(padded, "lengths") / total(padded, "padded"),
+        "shared_tokens": total(packed, "shared") / total(packed, "lengths"),
+        "matmul_share": {
+            TRL: median(operation_rate(run, task, size, shares=False) for run in runs[TRL]) / matmul,
+            TUNEBOOK: median(operation_rate(run, task, size, shares=True) for run in runs[TUNEBOOK]) / matmul,
+        },
+    }
+    if TRL_NO_CHECKPOINTING in runs:
+        rates = tokens_per_second
+        summary["speedup_without_checkpointing"] = rates[TUNEBOOK] / rates[TRL_NO_CHECKPOINTING]
+    if TUNEBOOK_CHECKPOINTING in runs:
+        summary["memory_ratio_checkpointing"] = peak_memory[TUNEBOOK_CHECKPOINTING] / peak_memory[TRL]
+    if task == "sft":
+        six_n = [operation_rate(run, task, size, shares=True, six_n=True) for run in runs[TUNEBOOK]]
+        summary["matmul_share_6n"] = median(six_n) / matmul
+    return summary
+
+
+def preparation_rates(prepared: dict[str, Any]) -> dict[str, float]:
+    """Rows a second of each side, and their ratio."""
+    rates = {side: prepared["rows"] / median(seconds) for side, seconds in prepared["seconds"].items()}
+    return {**rates, "speedup": rates["tunebook"] / rates["trl"]}
+
+
+# ---- Tables and picture --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sheet:
+    title: str
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+    def markdown(self) -> str:
+        lines = [self.header, ("---",) + ("---:",) * (len(self.header) - 1), *self.rows]
+        return f"**{self.title}**\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+    def table(self) -> Table:
+        table = Table(*self.header, title=self.title)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for row in self.rows:
+            table.add_row(*row)
+        return table
+
+
+def sheets(results: dict[str, Any]) -> list[Sheet]:
+    """All tables, of what was measured."""
+    cases = results["summary"]
+    tables = []
+    if cases:
+        tables += [speed_sheet(results), memory_sheet(cases), efficiency_sheet(cases)]
+    if prepared := results["preparation"]:
+        tables.append(preparation_sheet(prepared))
+    if results["scaling"]:
+        tables.append(scaling_sheet(results["scaling"]))
+    if prepared and len(cases) == len(CASES):
+        tables.append(targets_sheet(cases, prepared))
+    return tables
+
+
+def speed_sheet(results: dict[str, Any]) -> Sheet:
+    lines = []
+    for name, summary in results["summary"].items():
+        case, tokens = results["cases"][name]["case"], summary["tokens_per_second"]
+        lines.append(
+            (
+                name,
+                case["model"],
+                str(case["batch"]),
+                str(len(results["cases"][name]["runs"][TUNEBOOK])),
+                *(cell(tokens, side, "{:,.0f}") for side in FOUR),
+                f"{summary['speedup']:.2f}",
+                cell(summary, "speedup_without_checkpointing", "{:.2f}"),
+            )
+        )
+    header = ("case", "model", "batch", "runs", *FOUR, "tunebook / TRL", "the same, neither checkpointing")
+    return Sheet("Tokens a second in training", header, lines)
+
+
+def cell(values: dict[str, float], name: str, form: str) -> str:
+    return form.format(values[name]) if name in values else ""
+
+
+def memory_sheet(cases: dict[str, Any]) -> Sheet:
+    lines = []
+    for name, summary in cases.items():
+        gib = {side: size / 2**30 for side, size in summary["peak_memory"].items()}
+        start = summary["seconds_to_first_step"]
+        lines.append(
+            (
+                name,
+                *(cell(gib, side, "{:.2f}") for side in FOUR),
+                f"{summary['memory_ratio']:.2f}",
+                cell(summary, "memory_ratio_checkpointing", "{:.2f}"),
+                f"{start[TRL]:.1f}",
+                f"{start[TUNEBOOK]:.1f}",
+            )
+        )
+    header = ("case", *FOUR, "tunebook / TRL", "the same, both checkpointing", "start, TRL", "start, tunebook")
+    return Sheet("Peak memory (GiB), and seconds from launch to the first step", header, lines)
+
+
+def efficiency_sheet(cases: dict[str, Any]) -> Sheet:
+    lines = [
+        (
+            name,
+            f"{summary['padding_efficiency']:.0%}",
+            f"{summary['shared_tokens']:.0%}",
+            *(f"{summary['matmul_share'][side]:.0%}" for side in PAIR),
+        )
+        for name, summary in cases.items()
+    ]
+    header = ("case", "tokens in TRL's batches that are no padding", "tokens that sharing saves")
+    header += tuple(f"share of the matmul rate, {side}" for side in PAIR)
+    return Sheet("Where the time goes", header, lines)
+
+
+def preparation_sheet(prepared: dict[str, Any]) -> Sheet:
+    lines = []
+    for task, measured in prepared.items():
+        rates = preparation_rates(measured)
+        lines.append((task, f"{rates['trl']:,.0f}", f"{rates['tunebook']:,.0f}", f"{rates['speedup']:.1f}"))
+    return Sheet("Rows a second from a file to tokens", ("task", TRL, TUNEBOOK, "ratio"), lines)
+
+
+def scaling_sheet(scaling: list[dict[str, Any]]) -> Sheet:
+    lines = []
+    for shape in scaling:
+        seconds, tokens = median(shape["seconds"]), shape["length"] * shape["batch"]
+        lines.append((str(shape["length"]), str(shape["batch"]), f"{seconds:.2f}", f"{tokens / seconds:,.0f}"))
+    return Sheet("How a step of SFT grows (10M)", ("length of a row", "rows", "seconds", "tokens/s"), lines)
+
+
+def targets_sheet(cases: dict[str, Any], prepared: dict[str, Any]) -> Sheet:
+    checkpointing = max(case.get("memory_ratio_checkpointing", 0) for case in cases.values())
+    slowest = min(preparation_rates(measured)["speedup"] for measured in prepared.values())
+    wanted = [
+        ("SFT on GSM8K, tokens/s against TRL", "at least", 2.5, cases["sft-gsm8k"]["speedup"]),
+        ("RM on GSM8K, tokens/s against TRL", "at least", 2.0, cases["rm-gsm8k"]["speedup"]),
+        ("DPO on GSM8K, tokens/s against TRL", "at least", 3.0, cases["dpo-gsm8k"]["speedup"]),
+        ("DPO on shared prompts, tokens/s against TRL", "at least", 4.0, cases["dpo-shared-prompts"]["speedup"]),
+        ("peak memory against TRL, worst case", "at most", 1.0, max(case["memory_ratio"] for case in cases.values())),
+        ("the same, both checkpointing", "at most", 1.0, checkpointing),
+        ("SFT on GSM8K, share of the matmul rate", "at least", 0.7, cases["sft-gsm8k"]["matmul_share"][TUNEBOOK]),
+        ("the same, counted as 6N", "at least", 0.7, cases["sft-gsm8k"]["matmul_share_6n"]),
+        ("rows/s of preparation against TRL, slowest task", "at least", 3.0, slowest),
+    ]
+    lines = []
+    for label, bound, target, value in wanted:
+        short = target / value - 1 if bound == "at least" else value / target - 1
+        lines.append((label, f"{bound} {target}", f"{value:.2f}", "met" if short <= 0 else f"missed by {short:.0%}"))
+    return Sheet("Targets", ("what", "target", "measured", ""), lines)
+
+
+def draw(results: dict[str, Any], file: Path) -> None:
+    """Left: tokens a second, TRL = 1. Right: seconds of a step by its tokens."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    cases = results["summary"]
+    places = np.arange(len(cases))
+    for i, side in enumerate((TRL, TRL_NO_CHECKPOINTING, TUNEBOOK)):
+        rates = [summary["tokens_per_second"] for summary in cases.values()]
+        ratios = [of_case.get(side, np.nan) / of_case[TRL] for of_case in rates]
+        bars = left.barh(places + 0.27 * (i - 1), ratios, height=0.25, label=side)
+        left.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
+    left.set_yticks(places, cases)
+    left.invert_yaxis()
+    left.set_xlabel("tokens a second, TRL = 1")
+    left.legend(fontsize=8)
+    for label, chosen in (
+        ("one row of all the tokens", lambda shape: shape["batch"] == 1),
+        (f"rows of {BATCH_LENGTH} tokens", lambda shape: shape["length"] == BATCH_LENGTH),
+    ):
+        shapes = [shape for shape in results["scaling"] if chosen(shape)]
+        tokens = [shape["length"] * shape["batch"] for shape in shapes]
+        right.loglog(tokens, [median(shape["seconds"]) for shape in shapes], marker="o", label=label)
+    right.set_xlabel("tokens of a step")
+    right.set_ylabel("seconds of a step, SFT, 10M parameters")
+    right.legend(fontsize=8)
+    figure.savefig(file, dpi=130)
+
+
+def write_tables(text: str, folder: Path = RESULTS) -> str:
+    """A page with the tables of perf/results/NAME.json after each <!-- results: NAME -->."""
+
+    def tables(match: re.Match) -> str:
+        results = json.loads((folder / f"{match[2]}.json").read_text())
+        return match[1] + "\n" + "\n".join(sheet.markdown() for sheet in sheets(results)) + "\n" + match[3]
+
+    return re.sub(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", tables, text, flags=re.DOTALL)
+
+
+# ---- The machine and the command -----------------------------------------------------------------------------------
+
+
+def describe_machine() -> dict[str, Any]:
+    cpuinfo = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    cpu = model[1] if model else platform.processor() or platform.machine()
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    name = re.sub(r"[^a-z0-9]+", "-", re.sub(r"\(\w+\)", "", cpu).lower()).strip("-")
+    return {
+        "name": f"{name}-{cores}-cores",
+        "cpu": cpu,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+    }
+
+
+def measure(arguments: argparse.Namespace, command: str, folder: Path) -> dict[str, Any]:
+    models = {"SmolLM2-135M": arguments.model, "10M": folder / "10M"}
+    if arguments.quick:
+        models["SmolLM2-135M"] = models["10M"]
+        rows.save_small_model(models["10M"], hidden_size=40, intermediate_size=64, num_hidden_layers=2)
+    else:
+        rows.save_small_model(models["10M"])
+        materialize(arguments.model)
+    bench = Bench(folder, models, arguments.gsm8k, arguments)
+    chosen = [arguments.only] if arguments.only else [*OTHERS, *(case.name for case in CASES)]
+    prepared = bench.prepare() if "preparation" in chosen else {}
+    scaling = bench.scale() if "scaling" in chosen else []
+    cases = bench.compare([case for case in CASES if case.name in chosen])
+    sizes = {name: Size.of(model) for name, model in models.items()}
+    return {
+        "machine": describe_machine(),
+        "command": command,
+        "rows": "GSM8K" if arguments.gsm8k else "words, in the lengths of GSM8K",
+        "versions": {name: version(name) for name in PACKAGES},
+        "models": {name: asdict(size) for name, size in sizes.items()},
+        "cases": cases,
+        "preparation": prepared,
+        "scaling": scaling,
+        "summary": {name: summarize(record, sizes[record["case"]["model"]]) for name, record in cases.items()},
+    }
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
+    parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and preferences.jsonl (default: words)")
+    parser.add_argument("--only", choices=[*(case.name for case in CASES), *OTHERS])
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side, where the time allows")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="start no second round of a case that would end later"
+    )
+    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
+    parser.add_argument("--output", type=Path, help="folder of results (default: perf/results, when all is measured)")
+    parser.add_argument("--docs", action="store_true", help="measure nothing, write the tables of docs/performance.md")
+    arguments = parser.parse_args(argv)
+    everything = not (arguments.quick or arguments.only or arguments.docs)
+    if not arguments.docs:
+        with tempfile.TemporaryDirectory() as folder:
+            results = measure(arguments, shlex.join(["python", "perf/compare.py", *argv]), Path(folder))
+        console = Console(width=None if sys.stdout.isatty() else 140)
+        for sheet in sheets(results):
+            console.print(sheet.table())
+        if output := arguments.output or (RESULTS if everything else None):
+            output.mkdir(parents=True, exist_ok=True)
+            file = output / f"{results['machine']['name']}.json"
+            file.write_text(json.dumps(results, indent=1) + "\n")
+            draw(results, file.with_suffix(".png"))
+    if everything or arguments.docs:
+        DOCS.write_text(write_tables(DOCS.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,122 @@
+"""perf/compare.py: its arithmetic on made-up numbers, and one case at toy size in real processes."""
+
+import json
+import sys
+from statistics import median
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, build_model
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer
+
+sys.path.insert(0, str(ROOT / "perf"))
+
+import compare  # noqa: E402
+import rows  # noqa: E402
+from compare import TRL, TRL_NO_CHECKPOINTING, TUNEBOOK  # noqa: E402
+
+
+def run(seconds: list[float], lengths: list[int], padded: int, memory: float, shared: int = 0) -> dict:
+    """A run of steps of one batch, as perf/measure.py writes it."""
+    step = {"padded": padded, "lengths": lengths, "shared": [0] * (len(lengths) - 1) + [shared], "scored": 10}
+    steps = [{"seconds": taken, **step} for taken in seconds]
+    return {"seconds_to_first_step": 5.0, "peak_memory": memory, "steps": steps}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory) -> dict:
+    """Results of a case at toy size."""
+    folder = tmp_path_factory.mktemp("perf")
+    compare.main(["--quick", "--only", "dpo-shared-prompts", "--output", str(folder)])
+    (results,) = folder.glob("*.json")
+    assert results.with_suffix(".png").stat().st_size
+    return json.loads(results.read_text())
+
+
+def test_a_summary_has_medians_of_runs_without_their_first_step():
+    record = {
+        "case": {"task": "dpo"},
+        "matmul_rates": [1e9],
+        "runs": {
+            TRL: [
+                run([99, 2, 2], [30, 10], 60, 8.0),
+                run([99, 4, 4], [30, 10], 60, 8.0),
+                run([1, 5, 5], [30, 10], 60, 8),
+            ],
+            TRL_NO_CHECKPOINTING: [run([99, 1, 3], [30, 10], 60, 16.0)],
+            TUNEBOOK: [run([99, 1, 1], [30, 10], 60, 4.0, shared=8)],
+        },
+    }
+    summary = compare.summarize(record, compare.Size(body=100, head=10, attention=0))
+    assert summary["tokens_per_second"] == {TRL: 10.0, TRL_NO_CHECKPOINTING: 20.0, TUNEBOOK: 40.0}
+    assert (summary["speedup"], summary["speedup_without_checkpointing"]) == (4.0, 2.0)
+    assert "memory_ratio_checkpointing" not in summary
+    assert summary["memory_ratio"] == 0.5
+    assert summary["padding_efficiency"] == pytest.approx(40 / 60)
+    assert summary["shared_tokens"] == pytest.approx(8 / 40)
+    # Eight operations a parameter and token: forward, twice that in the backward, and the reference's forward
+    assert summary["matmul_share"][TUNEBOOK] == pytest.approx(8 * (100 * 32 + 10 * 10) / 1e9)
+
+
+def test_operations_are_those_of_a_training_step(tokenizer):
+    """PyTorch's own count, which has the products of queries with the keys that they do not see, too."""
+    model = build_model(len(tokenizer), num_key_value_heads=4, attn_implementation="eager")
+    size = compare.Size(
+        body=sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2),
+        head=model.lm_head.weight.numel(),
+        attention=2 * 32,
+    )
+    ids = torch.randint(len(tokenizer), (1, 24))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids).logits.sum().backward()
+    unseen = 3 * 2 * size.attention * 24**2  # half of queries with keys, and of weights with values
+    needed = compare.operations("sft", size, np.array([24]), np.array([0]), scored=24)
+    assert needed + unseen == counter.get_total_flops()
+
+
+def test_the_size_of_a_model_is_counted_without_its_embeddings(tmp_path):
+    rows.save_small_model(tmp_path)
+    size = compare.Size.of(tmp_path)
+    layer = 4 * 320 * 320 + 3 * 320 * 896
+    assert size.body == pytest.approx(6 * layer, rel=0.01)
+    assert size.head == rows.VOCABULARY * 320
+    assert size.attention == 6 * 320
+
+
+@pytest.mark.slow
+def test_both_sides_train_the_same_rows(quick):
+    """In the steps that are timed: the prompt in both sides of a pair, and EOS after each."""
+    pairs = rows.shared_prompts(2)
+    expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in pairs for side in ("chosen", "rejected"))
+    runs = quick["cases"]["dpo-shared-prompts"]["runs"]
+    for side in (TRL, TRL_NO_CHECKPOINTING, TUNEBOOK):
+        (step,) = runs[side][0]["steps"][1:]
+        assert sorted(step["lengths"]) == expected
+
+
+@pytest.mark.slow
+def test_the_ratios_are_those_of_the_raw_numbers(quick):
+    runs = quick["cases"]["dpo-shared-prompts"]["runs"]
+    rates = {
+        side: median(sum(run["steps"][1]["lengths"]) / run["steps"][1]["seconds"] for run in of_side)
+        for side, of_side in runs.items()
+    }
+    summary = quick["summary"]["dpo-shared-prompts"]
+    assert summary["speedup"] == pytest.approx(rates[TUNEBOOK] / rates[TRL])
+    assert summary["memory_ratio"] == pytest.approx(runs[TUNEBOOK][0]["peak_memory"] / runs[TRL][0]["peak_memory"])
+
+
+def test_generated_rows_have_the_lengths_of_gsm8k():
+    """Words are tokens; the means are those of the 7,473 training rows and 1,637 pairs: 185 and 350 tokens."""
+    answered, preferred = rows.gsm8k(2000), rows.gsm8k_preferences(2000)
+    words = [np.mean([len(" ".join(row.values()).split()) for row in drawn]) for drawn in (answered, preferred)]
+    assert words == pytest.approx([185, 350], rel=0.05)
+
+
+def test_a_long_row_of_scaling_has_its_length_in_tokens(tmp_path):
+    rows.save_small_model(tmp_path, hidden_size=40, num_hidden_layers=1)
+    (row,) = rows.equal_lengths(1, 300)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(tokenizer(row["prompt"] + row["completion"])["input_ids"]) + 1 == 300
