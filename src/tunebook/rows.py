@@ -201,7 +201,7 @@ class Renderer:
             texts = [self.end(start + answer) for answer in answers]
         templated = self.is_templated(prompt, *answers)
         # A template may render the prompt alone otherwise than in the conversation: the answer starts where they part
-        starts = [len(os.path.commonprefix([start, text])) for text in texts]
+        starts = [len(start if text.startswith(start) else os.path.commonprefix([start, text])) for text in texts]
         return [Text(text, [(cut, len(text))], templated) for cut, text in zip(starts, texts, strict=True)]
 
     def sft(self, row: Mapping[str, Any]) -> Text:
