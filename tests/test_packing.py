@@ -21,8 +21,9 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
-from tunebook import packing
-from tunebook.packing import TokenBatchSampler, pack_causal_lm, pack_reward_model, pack_rows, pair_lengths
+from tunebook.batches import TokenBatchSampler, pair_lengths
+from tunebook.log_probs import LogProbs, _LinearLogProbs
+from tunebook.packing import pack_causal_lm, pack_reward_model, pack_rows
 
 VOCAB = 61
 FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -224,13 +225,13 @@ def test_a_packed_row_needs_no_mask(name, monkeypatch):
 
 @pytest.mark.parametrize("kept", [True, False], ids=["kept logits", "computed again"])
 def test_the_head_equals_autograd(kept, monkeypatch):
-    monkeypatch.setattr(packing._LinearLogProbs, "CHUNK_LOGITS", 5 * VOCAB)
-    monkeypatch.setattr(packing._LinearLogProbs, "KEPT_LOGITS", 2**28 if kept else 0)
+    monkeypatch.setattr(_LinearLogProbs, "CHUNK_LOGITS", 5 * VOCAB)
+    monkeypatch.setattr(_LinearLogProbs, "KEPT_LOGITS", 2**28 if kept else 0)
     torch.manual_seed(0)
     hidden, weight = torch.randn(13, 8, requires_grad=True), torch.randn(VOCAB, 8, requires_grad=True)
     targets, grad = torch.randint(VOCAB, (13,)), torch.randn(13)
     arguments = (targets, 2.0, 32, None, 0.5, FIELDS)  # temperature and logit_scale
-    log_probs, entropy, sum_sq, mean, top1 = packing.LogProbs.apply(hidden, weight, None, *arguments)
+    log_probs, entropy, sum_sq, mean, top1 = LogProbs.apply(hidden, weight, None, *arguments)
     gradients = torch.autograd.grad(log_probs, (hidden, weight), grad)
     logits = hidden.double() @ weight.double().T * 0.5 / 2.0
     expected = logits.log_softmax(-1)
@@ -293,7 +294,7 @@ def train(kind, folder, output_dir, patch, rows=None, **changes):
     head = ChunkedLogProbFunction
     if patch is not None:
         patch(trainer)
-        head = packing.LogProbs
+        head = LogProbs
     trl.trainer.utils._ChunkedLogProbFunction = head
     trainer.train()
     return [row for row in trainer.state.log_history if "train_runtime" not in row], trainer

@@ -16,7 +16,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from . import checkpoints
-from .packing import TokenBatchSampler, pack_causal_lm, pack_reward_model, pair_lengths
+from .batches import TokenBatchSampler, pair_lengths
+from .packing import pack_causal_lm, pack_reward_model
 from .recipe import RecipeError, as_mistake
 
 logger = logging.getLogger(__name__)

@@ -1,0 +1,156 @@
+"""Batches of preference pairs with an even number of packed tokens."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+
+def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """
+    Tokens of each pair, chosen and rejected together, and how many of them `share_prefix` saves: two arrays of
+    (rows,). The packed length of a pair is the first less, where the prefix is shared, the second.
+
+    Args:
+        dataset: TRL's processed columns, chosen_ids and rejected_ids (RM), and prompt_ids (DPO).
+        max_length: where the collator cuts each side (truncation_mode: keep_start).
+    """
+    columns = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
+    tokens, saved = [], []
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        prompt = np.diff(_offsets(table["prompt_ids"])[1]) if "prompt_ids" in columns else 0
+        sides = [_offsets(table[name]) for name in ("chosen_ids", "rejected_ids")]
+        lengths = [np.diff(offsets) for _, offsets in sides]
+        shared = np.minimum(*lengths)
+        row = np.repeat(np.arange(len(shared)), shared)
+        column = np.arange(len(row)) - (shared.cumsum() - shared)[row]
+        chosen, rejected = (values[offsets[row] + column] for values, offsets in sides)
+        differ = chosen != rejected
+        np.minimum.at(shared, row[differ], column[differ])
+        cut = np.iinfo(np.int64).max if max_length is None else max_length
+        chosen, rejected, shared = (np.minimum(prompt + length, cut) for length in (*lengths, shared))
+        tokens.append(chosen + rejected)
+        saved.append(np.minimum(shared, rejected - 1))
+    return np.concatenate(tokens), np.concatenate(saved)
+
+
+def _offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+    """The values of a column of lists, one list after the other, and the (rows + 1,) places where the lists start."""
+    lengths = pc.list_value_length(column).to_numpy()
+    return pc.list_flatten(column).to_numpy(), np.concatenate(([0], lengths.cumsum()))
+
+
+class TokenBatchSampler(BatchRebalanceSampler):
+    """
+    Batches with an even number of packed tokens, for one rank. The batches of an epoch are a function of the seed and
+    of the epoch, and as many in every epoch, so that skipping the first of them resumes it.
+
+    A subclass of transformers' `BatchRebalanceSampler`, so that `Trainer._get_train_sampler` may return it in place
+    of a sampler. That one counts padded tokens and gives the ranks different numbers of rows, which TRL's metrics
+    cannot gather.
+
+    Every row is seen once an epoch. Where the last batches cannot have the same number of rows on each rank, they are
+    completed with up to world_size - 1 rows from the epoch's beginning, as accelerate does, or left out (`drop_last`).
+
+    With `rows_per_batch`, each epoch is shuffled and cut into windows of some optimizer steps; a window is dealt into
+    steps and a step into batches of nearly equal tokens. Which rows a step has depends on its number of rows only,
+    not on how they are split over ranks and accumulation. With `max_tokens`, a batch has as many rows as fit, the
+    same number on every rank; the batches are formed once, as TRL's packing forms its rows, and each epoch shuffles
+    them. A loss that is a mean over the batch (RM, DPO) then gives more weight to a row of a batch with fewer rows.
+
+    Args:
+        lengths: (rows,) packed tokens of each row or pair.
+        rows_per_batch: rows in a batch.
+        max_tokens: the most packed tokens in a batch, in place of rows_per_batch.
+        gradient_accumulation_steps: batches that a rank has in an optimizer step.
+        seed, rank, world_size: the same seed on all ranks.
+        window: optimizer steps that are balanced with one another.
+
+    Raises:
+        ValueError: a row is longer than max_tokens.
+    """
+
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        rows_per_batch: int | None = None,
+        max_tokens: int | None = None,
+        gradient_accumulation_steps: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        window: int = 16,
+    ):
+        assert (rows_per_batch is None) != (max_tokens is None)
+        if max_tokens is not None and lengths.max() > max_tokens:
+            raise ValueError(
+                f"max_tokens_per_batch is {max_tokens}, but the longest row has {lengths.max()} packed tokens. "
+                f"Set it to {lengths.max()} or more, or lower max_length."
+            )
+        self.lengths, self.rows_per_batch, self.max_tokens = lengths, rows_per_batch, max_tokens
+        self.gradient_accumulation_steps, self.window = gradient_accumulation_steps, window
+        self.seed, self.rank, self.world_size, self.drop_last = seed, rank, world_size, drop_last
+        self.epoch = 0  # BatchRebalanceSampler.set_epoch
+        self.filled = None if max_tokens is None else self._fill(np.random.default_rng(seed))
+
+    def __len__(self) -> int:
+        if self.filled is not None:
+            return len(self.filled)
+        rows = self.rows_per_batch * self.world_size
+        return len(self.lengths) // rows if self.drop_last else -(-len(self.lengths) // rows)
+
+    def __iter__(self):
+        generator = np.random.default_rng((self.seed, self.epoch))
+        if self.filled is None:
+            batches = self._balance(generator)
+        else:
+            batches = (self.filled[i] for i in generator.permutation(len(self.filled)))
+        for of_ranks in batches:
+            yield of_ranks[self.rank].tolist()
+
+    def _balance(self, generator: np.random.Generator):
+        """Yield the batches of all ranks, (world_size, rows) each."""
+        order = generator.permutation(len(self.lengths))
+        rows_of_ranks = self.rows_per_batch * self.world_size
+        rows_of_step = rows_of_ranks * self.gradient_accumulation_steps
+        for window in np.split(order, range(self.window * rows_of_step, len(order), self.window * rows_of_step)):
+            whole = len(window) // rows_of_step * rows_of_step
+            steps = generator.permutation(self._deal(window[:whole], whole // rows_of_step))
+            for step in (*steps, window[whole:]):
+                whole = len(step) // rows_of_ranks * rows_of_ranks
+                batches = self._deal(step[:whole], whole // self.rows_per_batch)
+                yield from batches.reshape(-1, self.world_size, self.rows_per_batch)
+                if (rest := len(step) - whole) and not self.drop_last:
+                    completed = np.append(step[whole:], np.resize(order, -rest % self.world_size))
+                    yield self._deal(completed, self.world_size)
+
+    def _fill(self, generator: np.random.Generator) -> list[np.ndarray]:
+        """The batches of all ranks, (world_size, rows) each, none with more than max_tokens."""
+        order = generator.permutation(len(self.lengths))
+        if rest := len(order) % self.world_size:
+            order = order[:-rest] if self.drop_last else np.append(order, np.resize(order, self.world_size - rest))
+        total = self.lengths[order].cumsum()
+        filled, start = [], 0
+        while start < len(order):
+            before = total[start] - self.lengths[order[start]]
+            end = np.searchsorted(total, before + self.max_tokens * self.world_size, side="right")
+            for rows in range((end - start) // self.world_size, 0, -1):
+                batches = self._deal(order[start : start + rows * self.world_size], self.world_size)
+                if self.lengths[batches].sum(axis=1).max() <= self.max_tokens:
+                    break
+            filled.append(batches)
+            start += batches.size
+        return filled
+
+    def _deal(self, rows: np.ndarray, groups: int) -> np.ndarray:
+        """(groups, rows / groups): round by round, the longest row left goes to the group with the fewest tokens."""
+        longest_first = rows[np.argsort(-self.lengths[rows], kind="stable")]
+        dealt = longest_first.reshape(len(rows) // max(groups, 1), groups)
+        tokens = np.zeros(groups, dtype=np.int64)
+        for i, rows in enumerate(dealt):
+            group = np.argsort(tokens, kind="stable")
+            dealt[i, group] = rows.copy()
+            tokens[group] += self.lengths[dealt[i, group]]
+        return dealt.T
