@@ -203,6 +203,15 @@ def test_submit_does_not_wait_for_a_slow_hub(tmp_path, server, api, start):
     assert [server.repos[REPO].files(step_revision("v1", step)) for step in range(3)] == [MODEL] * 3
 
 
+def test_hub_that_accepts_a_request_and_never_answers_does_not_hold_the_run(tmp_path, server, api, start, monkeypatch):
+    server.delay("/preupload/", 60)
+    monkeypatch.setattr(hub, "SILENCE", 0.2)
+    uploads = start(api, tmp_path / "run")
+    uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "v1", "first")
+    uploads.wait(attempts=1)
+    assert "v1: " in uploads.report() and "tunebook push" in uploads.report()
+
+
 def test_hub_that_is_down_leaves_everything_staged_and_says_how_to_push_it(tmp_path, server, api, start):
     uploads = start(HfApi(endpoint="http://127.0.0.1:9", token="hf_write"), tmp_path / "run")
     for step in range(6):

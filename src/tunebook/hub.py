@@ -17,7 +17,7 @@ from pathlib import Path
 import httpx2
 from huggingface_hub import HfApi, RepoFile
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils import filter_repo_objects, get_session
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,7 @@ MODEL_FILES = (
 )
 PENDING = "hub_pending"
 MAX_DELAY = 60  # seconds between two attempts
+SILENCE = 300  # seconds without a byte, after which a request has failed
 
 
 def step_revision(revision: str, step: int) -> str:
@@ -203,6 +204,8 @@ class Uploads:
         self._changed = threading.Condition()
         self._failures = 0  # in a row
         self._closed = False
+        # huggingface_hub 2.4 waits for ever for a server that accepts a connection and does not answer
+        get_session().timeout = SILENCE
         # Names begin with the time of staging. Where push.json is missing, staging was cut off.
         staged = sorted(path.parent for path in self.folder.glob("*/push.json"))
         self._queue = deque((folder, Push(**json.loads((folder / "push.json").read_text()))) for folder in staged)
