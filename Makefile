@@ -6,7 +6,7 @@ ACCELERATE ?= $(if $(shell command -v nvidia-smi),single,cpu)
 LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE).yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft rm dpo test lint format perf
+.PHONY: help install quickstart sft rm dpo slurm test lint format perf
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,11 @@ quickstart: install  ## train SmolLM2-135M on this machine: SFT, then a reward m
 sft rm dpo: install  ## make sft RECIPE=recipes/... [ACCELERATE=zero3] [ARGS="--key value"]
 	@test -n "$(RECIPE)" || { echo "Name a recipe: make $@ RECIPE=recipes/quickstart/$@.yaml" >&2; exit 2; }
 	$(LAUNCH) src/$@.py --config $(RECIPE) $(ARGS)
+
+slurm: install  ## make slurm TASK=sft RECIPE=recipes/... NODES=2 ACCELERATE=zero3 [ARGS="--key value"]
+	@test -n "$(TASK)" -a -n "$(RECIPE)" -a -n "$(NODES)" -a "$(origin ACCELERATE)" != file || \
+		{ echo "Say TASK (sft, rm, dpo), RECIPE, NODES and ACCELERATE (a name in configs/accelerate)" >&2; exit 2; }
+	PATH="$(CURDIR)/$(BIN):$$PATH" sbatch --nodes $(NODES) launch/train.slurm $(ACCELERATE) $(TASK) --config $(RECIPE) $(ARGS)
 
 test: install  ## the whole suite: offline, no GPU
 	$(BIN)/python -m pytest -n 2 --dist worksteal --durations 15

@@ -64,7 +64,7 @@ class Case:
 PAIR, THREE = (TRL, TUNEBOOK), (TRL, TUNEBOOK, TRL_NO_CHECKPOINTING)
 FOUR = (*THREE, TUNEBOOK_CHECKPOINTING)
 CASES = (
-    Case("sft-gsm8k", "sft", "SmolLM2-135M", "gsm8k", 8, 1, FOUR),
+    Case("sft-gsm8k", "sft", "SmolLM2-135M", "gsm8k", 8, 2, FOUR),
     Case("rm-gsm8k", "rm", "SmolLM2-135M", "gsm8k_preferences", 8, 1, FOUR),
     Case("dpo-gsm8k", "dpo", "SmolLM2-135M", "gsm8k_preferences", 8, 1, FOUR),
     Case("sft-long-tail", "sft", "10M", "long_tail", 8, 4, THREE),
@@ -74,7 +74,7 @@ CASES = (
 )
 OTHERS = ("preparation", "scaling")
 LENGTHS, BATCHES, BATCH_LENGTH = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8), 512  # of scaling
-SCALING_STEPS, PREPARED_ROWS = 3, 2000
+SCALING_STEPS, PREPARED_ROWS = 3, 8000
 
 
 # ---- Measuring -----------------------------------------------------------------------------------------------------
@@ -383,6 +383,8 @@ def speed_sheet(results: dict[str, Any]) -> Sheet:
                 cell(summary, "speedup_without_checkpointing", "{:.2f}"),
             )
         )
+    if not results["machine"]["cuda"]:
+        lines.append(("CUDA, bf16, 4k packed", "1-2B", *("",) * 7, "not measured: no GPU at hand"))
     header = ("case", "model", "batch", "runs", *FOUR, "tunebook / TRL", "the same, neither checkpointing")
     return Sheet("Tokens a second in training", header, lines)
 
@@ -513,6 +515,7 @@ def describe_machine() -> dict[str, Any]:
         "name": f"{name}-{cores}-cores",
         "cpu": cpu,
         "cores": cores,
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",

@@ -15,6 +15,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MO
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 import torch  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
 from tokenizers.decoders import ByteLevel  # noqa: E402
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
@@ -119,8 +120,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, timeout: int = 300, **popen):
-    """`accelerate launch src/SCRIPT.py ARGUMENTS` as a user would; returns the finished process."""
+def launch_command(script: str, *arguments, config: str = "cpu", processes: int = 1, **flags) -> list[str]:
+    """`accelerate launch src/SCRIPT.py ARGUMENTS` as a user would write it; `flags` are the launcher's."""
     command = [
         sys.executable,
         "-m",
@@ -128,9 +129,21 @@ def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, tim
         "--config_file",
         f"configs/accelerate/{config}.yaml",
     ]
-    command += ["--num_processes", str(processes), "--main_process_port", str(free_port()), f"src/{script}.py"]
-    command += [str(argument) for argument in arguments]
+    flags = {"num_processes": processes, "main_process_port": free_port(), **flags}
+    command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
+    return [*command, f"src/{script}.py", *map(str, arguments)]
+
+
+def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, timeout: int = 300, **popen):
+    """Runs [`launch_command`]; returns the finished process."""
+    command = launch_command(script, *arguments, config=config, processes=processes)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **popen)
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    """The models in two folders are equal to the bit."""
+    one, other = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
 def options(recipe: dict) -> list[str]:

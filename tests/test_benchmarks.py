@@ -3,12 +3,8 @@ real Slurm where it is installed."""
 
 import json
 import os
-import shutil
-import socket
-import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,6 +14,7 @@ import yaml
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
 from rich.console import Console
+from slurm_cluster import slurm_cluster
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tunebook import benchmarks
@@ -258,71 +255,10 @@ class TestJobs:
         assert [row["status"] for row in jobs.wait()] == ["failed"]
 
 
-SLURM_CONF = """
-ClusterName=test
-SlurmctldHost={host}(127.0.0.1)
-AuthType=auth/none
-CredType=cred/none
-CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
-SlurmUser=root
-SlurmdUser=root
-MpiDefault=none
-ProctrackType=proctrack/linuxproc
-TaskPlugin=task/none
-SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
-ReturnToService=2
-GresTypes=gpu
-SlurmctldPort={ports[0]}
-SlurmdPort={ports[1]}
-SlurmctldPidFile={folder}/slurmctld.pid
-SlurmdPidFile={folder}/slurmd.pid
-StateSaveLocation={folder}
-SlurmdSpoolDir={folder}
-SlurmctldLogFile={folder}/slurmctld.log
-SlurmdLogFile={folder}/slurmd.log
-JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:1 State=UNKNOWN
-PartitionName=debug Nodes={host} Default=YES MaxTime=INFINITE State=UP
-"""
-
-
-def free_ports(number: int) -> list[int]:
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [each.getsockname()[1] for each in sockets]
-    for each in sockets:
-        each.close()
-    return ports
-
-
 @pytest.fixture
 def slurm(tmp_path, monkeypatch):
-    """A cluster of this machine alone, on loopback, with one pretended GPU."""
-    monkeypatch.setenv("PATH", os.environ["PATH"] + ":/usr/sbin")
-    missing = [name for name in ("sbatch", "slurmctld", "slurmd") if shutil.which(name) is None]
-    if missing:
-        pytest.skip(f"Slurm is not installed: no {', '.join(missing)}")
-    if os.geteuid() != 0:
-        pytest.skip("slurmd must be started by root")
-    folder, host = tmp_path / "slurm", socket.gethostname().partition(".")[0]
-    folder.mkdir()
-    conf = SLURM_CONF.format(host=host, folder=folder, ports=free_ports(2), cpus=os.cpu_count())
-    (folder / "slurm.conf").write_text(conf)
-    (folder / "gres.conf").write_text(f"NodeName={host} Name=gpu File=/dev/null\n")
-    monkeypatch.setenv("SLURM_CONF", str(folder / "slurm.conf"))
-    null = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    daemons = [subprocess.Popen([name, "-D"], **null) for name in ("slurmctld", "slurmd")]
-    try:
-        deadline = time.monotonic() + 30
-        while "idle" not in subprocess.run(["sinfo", "-h", "-o", "%t"], capture_output=True, text=True).stdout:
-            assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()
-            time.sleep(0.2)
+    with slurm_cluster(tmp_path / "slurm", monkeypatch):
         yield
-    finally:
-        for daemon in reversed(daemons):
-            daemon.terminate()
-            daemon.wait()
 
 
 class TestSlurm:

@@ -85,6 +85,12 @@ def test_the_size_of_a_model_is_counted_without_its_embeddings(tmp_path):
     assert size.attention == 6 * 320
 
 
+def test_the_page_shows_the_committed_results():
+    page = compare.DOCS.read_text()
+    assert "tokens/s against TRL" in page
+    assert compare.write_tables(page) == page
+
+
 @pytest.mark.slow
 def test_both_sides_train_the_same_rows(quick):
     """In the steps that are timed: the prompt in both sides of a pair, and EOS after each."""

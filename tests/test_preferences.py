@@ -3,10 +3,13 @@
 import json
 import math
 import sys
+from copy import deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import trl
+from accelerate import DeepSpeedPlugin
 from conftest import ROOT, build_tokenizer, write_rows
 from datasets import Dataset
 from safetensors.torch import load_file
@@ -25,7 +28,7 @@ from tunebook.merge import merge
 from tunebook.models import load_reward_model
 from tunebook.recipe import RecipeError, parse
 from tunebook.rewards import load_scorer, score_file, score_ids
-from tunebook.trainers import DPOTrainer, PackedPairs, RewardTrainer
+from tunebook.trainers import DPOTrainer, PackedPairs, RewardTrainer, offloaded_parameters
 
 sys.path.insert(0, str(ROOT / "src"))
 import dpo  # noqa: E402
@@ -441,6 +444,14 @@ def test_every_loss_of_trl_trains_packed_as_padded(loss_type, tiny, pair_rows, t
 
 
 # ---- DPO's reference ----
+
+
+def test_ref_offload_under_zero3_offloads_the_reference_and_not_the_policy():
+    plugin = DeepSpeedPlugin(zero_stage=3)
+    with offloaded_parameters(SimpleNamespace(ref_offload=True, deepspeed_plugin=plugin)):
+        plugin.deepspeed_config = deepcopy(plugin.deepspeed_config)  # as the trainer's constructor does
+        assert plugin.deepspeed_config["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert plugin.deepspeed_config["zero_optimization"]["offload_param"]["device"] == "none"
 
 
 def test_precomputed_offloaded_and_plain_references_are_the_same(tiny, pair_rows, tmp_path):

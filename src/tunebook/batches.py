@@ -19,8 +19,8 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.nd
     columns = [name for name in ("prompt_ids", "chosen_ids", "rejected_ids") if name in dataset.column_names]
     tokens, saved = [], []
     for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        prompt = np.diff(_offsets(table["prompt_ids"])[1]) if "prompt_ids" in columns else 0
-        sides = [_offsets(table[name]) for name in ("chosen_ids", "rejected_ids")]
+        prompt = np.diff(list_offsets(table["prompt_ids"])[1]) if "prompt_ids" in columns else 0
+        sides = [list_offsets(table[name]) for name in ("chosen_ids", "rejected_ids")]
         lengths = [np.diff(offsets) for _, offsets in sides]
         shared = np.minimum(*lengths)
         row = np.repeat(np.arange(len(shared)), shared)
@@ -35,7 +35,7 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.nd
     return np.concatenate(tokens), np.concatenate(saved)
 
 
-def _offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+def list_offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     """The values of a column of lists, one list after the other, and the (rows + 1,) places where the lists start."""
     lengths = pc.list_value_length(column).to_numpy()
     return pc.list_flatten(column).to_numpy(), np.concatenate(([0], lengths.cumsum()))

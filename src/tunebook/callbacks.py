@@ -11,7 +11,7 @@ from huggingface_hub import HfApi
 from transformers import Trainer, TrainerCallback
 
 from tunebook.benchmarks import BenchmarkJobs
-from tunebook.generations import GenerationCallback, Metric, Prompt, map_over_ranks
+from tunebook.generations import GenerationCallback, Metric, Prompt
 from tunebook.hub import Uploads, stage_model, step_revision
 from tunebook.scores import ROWS_FILE, add_scores_to_card, append_rows, pair_accuracy, read_rows, tracker_scores
 from tunebook.trackers import log_at_step
@@ -180,11 +180,11 @@ class BenchmarkCallback(TrainerCallback):
 
 
 class PairAccuracyCallback(TrainerCallback):
-    """Benchmarks of a reward model: accuracy by subset on preference pairs, at every evaluation, each rank its share.
+    """Benchmarks of a reward model: accuracy by subset on preference pairs, at every evaluation.
 
     Args:
         benchmarks: rows with `prompt`, `chosen`, `rejected` and maybe `subset`, by the benchmark's name.
-        score: the rewards, by the model that is trained, of a list of (prompt, completion).
+        score: the rewards, by the model that is trained, of a list of (prompt, completion); called on every rank.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class PairAccuracyCallback(TrainerCallback):
         self.step = state.global_step
         for name, pairs in self.benchmarks.items():
             start = time.monotonic()
-            scores = pair_accuracy(pairs, lambda items: map_over_ranks(self.trainer.accelerator, self.score, items))
+            scores = pair_accuracy(pairs, self.score)
             row = {"step": state.global_step, "benchmark": name, "model": args.output_dir, "revision": None}
             row |= {"status": "completed", "seconds": round(time.monotonic() - start, 1)}
             row |= {"scores": {name: scores}, "stderr": {}, "error": ""}

@@ -4,14 +4,18 @@ A checkpoint is complete when its manifest.json is there and every file has the 
 is written last, and older checkpoints are deleted only after that: however a run ends, the newest one is whole.
 """
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from .recipe import RecipeError
 
@@ -19,6 +23,36 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FIXED = ("model", "data", "seed", "max_tokens_per_batch")  # with another of these it is another run
+# A full disk or quota in the words of Python, of safetensors, and of torch.save, which does not keep the error's number
+FULL = re.compile(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b|inline_container\.cc")
+
+
+class DiskFullError(RecipeError):
+    """No room for a save: not the recipe's mistake, but no traceback helps either."""
+
+    exit_code = 1
+
+
+@contextmanager
+def saving(what: str, output_dir: Path) -> Iterator[None]:
+    """Around a save, for a disk that fills in the middle of it.
+
+    Raises:
+        DiskFullError: says what could not be saved, and what the same command goes on from.
+    """
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        message = str(error).partition("\n")[0]
+        if not FULL.search(message):
+            raise
+        free = shutil.disk_usage(output_dir).free
+        whole = list_checkpoints(output_dir)
+        raise DiskFullError(
+            f"{what} could not be saved, {free / 1e6:.1f} MB are free for {output_dir}: {message}\n"
+            + (f"{whole[-1].name} is whole. " if whole else "There is no checkpoint before it. ")
+            + f"Make room, and the same command goes on from {whole[-1].name if whole else 'the start'}."
+        ) from error
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:

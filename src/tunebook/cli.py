@@ -6,9 +6,19 @@ from typing import Annotated
 
 import typer
 
-from .recipe import RecipeError, report_mistakes
+from .recipe import Recipe, RecipeError, as_mistake, find_task, parse, read_command_line, read_recipe, report_mistakes
+
+# Options that typer does not know are keys of the recipe
+OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+
+
+def parse_recipe(path: Path, task: str | None, words: list[str]) -> Recipe:
+    config, overrides = read_command_line(words)
+    if config is not None:
+        raise RecipeError(f"--config {config}: the recipe is the first argument, {path}.")
+    return parse(find_task(path, task), read_recipe(path), overrides)
 
 
 @app.callback()
@@ -55,6 +65,91 @@ def push(run: Annotated[Path, typer.Argument(help="Folder of a run (its output_d
     with report_mistakes():
         if report := push_staged(HfApi(), run):
             raise RecipeError(report)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs (their output_dir).")],
+    out: Annotated[
+        Path | None, typer.Option(help="Page to write. Default: report.html, of one run in its folder.")
+    ] = None,
+) -> None:
+    """Write a run, or several on the same axes, as a page: curves, generations, recipe, data."""
+    from .report import REPORT, write_report
+
+    out = out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
+    with report_mistakes(), as_mistake(OSError):
+        write_report(runs, out)
+
+
+@app.command(context_settings=OVERRIDES)
+def preview(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="Recipe; behind it --key value overrides its keys.")],
+    rows: Annotated[int, typer.Option("--rows", "-n", min=1, help="Rows to show.")] = 5,
+    task: Annotated[str | None, typer.Option(help="sft, rm or dpo. Default: as the recipe's path says.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page, instead of the terminal.")] = None,
+) -> None:
+    """Show rows as the model sees them: what is trained, what is only read, what was cut."""
+    from rich.console import Console
+
+    from .preview import html_page, preview_rows, print_rows
+
+    with report_mistakes():
+        shown, report = preview_rows(parse_recipe(recipe, task, context.args), rows)
+        if html is None:
+            print_rows(shown, report, Console())
+        else:
+            page = html_page(shown, report, str(recipe))
+            with as_mistake(OSError):
+                html.write_text(page, encoding="utf-8")
+
+
+@app.command(context_settings=OVERRIDES)
+def check(
+    context: typer.Context,
+    recipe: Annotated[Path, typer.Argument(help="Recipe; behind it --key value overrides its keys.")],
+    task: Annotated[str | None, typer.Option(help="sft, rm or dpo. Default: as the recipe's path says.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, h100-80gb, NAME-<N>gb, ... Default: this machine's.")] = None,
+    accelerate_config: Annotated[
+        str | None, typer.Option("--accelerate_config", help="File, or name in configs/accelerate.")
+    ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option("--num_processes", min=1, help="Default: the accelerate config's, else 1.")
+    ] = None,
+    full: Annotated[bool, typer.Option(help="Tokenize every row, not a sample.")] = False,
+    reward_model: Annotated[
+        str | None, typer.Option("--reward_model", help="Folder of a model that judges chosen against rejected.")
+    ] = None,
+) -> None:
+    """Say what a run would do, whether it fits, and what is wrong with it, without weights and without a GPU."""
+    from .preflight import check, read_sharding
+
+    with report_mistakes():
+        sharding = read_sharding(accelerate_config, num_processes)
+        raise typer.Exit(check(parse_recipe(recipe, task, context.args), device, sharding, full, reward_model))
+
+
+@app.command()
+def migrate(
+    source: Annotated[str, typer.Argument(help="A recipe (.yaml), an OpenRLHF command, or a script with one.")],
+    out: Annotated[Path | None, typer.Option(help="Recipe to write; must not exist. Default: the terminal.")] = None,
+    task: Annotated[str | None, typer.Option(help="sft, rm or dpo. Default: as the path or the command says.")] = None,
+) -> None:
+    """Turn Open-R1's, the alignment-handbook's and OpenRLHF's settings into a recipe."""
+    from .migrate import migrate
+
+    with report_mistakes():
+        if out is not None and out.exists():
+            raise RecipeError(f"--out {out} exists already.")
+        done = migrate(source, task)
+        if out is None:
+            typer.echo(done, nl=False)
+        else:
+            with as_mistake(OSError):
+                out.write_text(str(done), encoding="utf-8")
+        for line in done.remarks():
+            typer.echo(line, err=True)
 
 
 @app.command()

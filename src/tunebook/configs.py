@@ -15,6 +15,8 @@ from transformers import get_scheduler
 from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 
+from .optim import check_muon
+
 
 def key(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
@@ -86,11 +88,24 @@ class RunConfig:
     gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
     activation_checkpointing: bool | None = key(True, "Recompute activations in the backward pass, to save memory.")
 
+    optim: str = key("adamw_torch_fused", "muon, or one of transformers' optimizers: adamw_torch_fused, adafactor, ...")
+    muon_learning_rate: float | None = key(
+        None, "Learning rate of the hidden matrices. Default: 0.2 x sqrt(hidden_size) x learning_rate."
+    )
+    muon_momentum: float = key(0.95, "Momentum of the hidden matrices.")
+    muon_weight_decay: float | None = key(None, "Weight decay of the hidden matrices. Default: weight_decay.")
+
     global_batch_size: int | None = key(None, "Rows a step over all devices; sets gradient_accumulation_steps from it.")
+    context_parallel_size: int = key(1, "Processes that share each batch, a packed row, and so its activations.")
+    context_parallel_head_stride: int | None = key(
+        None,
+        "Key and value heads that they exchange at a time: fewer take less memory, computed twice. Default: all.",
+    )
     resume_from_checkpoint: str = key(
         "auto",
         "auto: go on from the last complete checkpoint in output_dir. never: start anew. Or a checkpoint's path.",
     )
+    dry_run: bool = key(False, "Print what the run would do and take, and what is wrong with it; train nothing.")
     force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
     save_total_gb: float | None = key(
         None, "Delete the oldest checkpoints when all together are larger than this (GB)."
@@ -136,13 +151,33 @@ class RunConfig:
             raise ValueError(
                 "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Take ddp.yaml or zero3.yaml."
             )
+        muon = self.optim == "muon"
+        if muon:
+            self.optim = "adamw_torch_fused"  # transformers 5.23 knows a fixed list
         super().__post_init__()
+        if muon:
+            self.optim = "muon"
+            check_muon(self)
+        parallelism = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+        if self.context_parallel_size > 1 and (parallelism or self.parallelism_config is not None):
+            raise ValueError(
+                "`context_parallel_size` takes the place of accelerate's parallelism_config (cp_size, tp_size, ...), "
+                "which is set too. Take one."
+            )
         # Built once on nothing, so that arguments that the schedule does not take fail now and not after the data
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, self.lr_scheduler_kwargs)
         self.gradient_accumulation_steps = accumulation_steps(
-            self.global_batch_size, self.per_device_train_batch_size, self.world_size, self.gradient_accumulation_steps
+            self.global_batch_size,
+            self.per_device_train_batch_size,
+            self.data_parallel_size,
+            self.gradient_accumulation_steps,
         )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Processes, or groups of them under context parallelism, that have a batch of their own."""
+        return max(1, self.world_size // self.context_parallel_size)
 
 
 @dataclass
@@ -223,6 +258,21 @@ def has_fast_bf16() -> bool:
     """Whether this CPU has bf16 instructions. Without them a bf16 matmul runs ~80x slower than one in float32 (1.6
     against 136 GFLOP/s on two cores), with them ~4x faster (1,320 against 330)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def count_groups(processes: int, context_parallel_size: int) -> int:
+    """Groups of processes that have a batch of their own.
+
+    Raises:
+        ValueError: when the processes cannot be divided so.
+    """
+    groups, rest = divmod(processes, context_parallel_size)
+    if rest:
+        raise ValueError(
+            f"`context_parallel_size` {context_parallel_size} does not divide the {processes} processes into groups. Set "
+            "it to a divisor of their number, or start a multiple of it (--num_processes)."
+        )
+    return groups
 
 
 def accumulation_steps(global_batch: int | None, per_device: int, world_size: int, given: int) -> int:

@@ -121,6 +121,10 @@ def load_evaluation(path: str, split: str) -> Dataset:
         return load_source(path, "train")
 
 
+class NothingToTrain(RecipeError):
+    """No row of a data set is left."""
+
+
 @dataclass
 class Report:
     """What became of the rows of one split. `dropped`: reason -> rows, and the first of them (counted from 0)."""
@@ -161,7 +165,7 @@ def process(dataset: Dataset, how: Rendering, num_proc: int | None = None, name:
     All ranks share the cache: rank 0 writes it, the others read it.
 
     Raises:
-        RecipeError: when no row is left.
+        NothingToTrain: when no row is left.
     """
     fingerprint = how.fingerprint(dataset)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tunebook"
@@ -183,7 +187,7 @@ def process(dataset: Dataset, how: Rendering, num_proc: int | None = None, name:
     report = Report.of(outcomes)
     logger.log(logging.WARNING if report.dropped else logging.INFO, "%s: %s", name, report)
     if not report.kept:
-        raise RecipeError(f"No row of {name} can be trained on: {report}.")
+        raise NothingToTrain(f"No row of {name} can be trained on: {report}.")
     if report.dropped:
         tokens = tokens.select(np.flatnonzero(pc.is_in(outcomes, pa.array([KEPT, CUT])).to_numpy(zero_copy_only=False)))
     return tokens.remove_columns("outcome"), report
@@ -194,17 +198,25 @@ def process(dataset: Dataset, how: Rendering, num_proc: int | None = None, name:
 
 @dataclass
 class Data:
+    """`sources`: the rows of each training source as they were read, and how they were tokenized. `share`: how much of
+    them that is, where only a sample was wanted."""
+
     train: Dataset
     eval: Dataset | None
     reports: dict[str, Report]
     raw_eval: Dataset | None = None
+    sources: list[tuple[Dataset, Rendering]] = field(default_factory=list)
+    share: float = 1.0
 
     def write_report(self, path: Path) -> None:
         path.write_text(json.dumps({split: vars(report) for split, report in self.reports.items()}, indent=2) + "\n")
 
 
-def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokenizerBase) -> Data:
-    """Training and evaluation rows of a recipe, tokenized.
+def load_data(
+    task: str, script_args, training_args, tokenizer: PreTrainedTokenizerBase, sample: int | None = None
+) -> Data:
+    """Training and evaluation rows of a recipe, tokenized; with `sample`, only about so many of either, drawn with the
+    seed, the same share of each training source.
 
     Evaluation rows come from eval_dataset_name, else from test_split_size of the training rows, else from
     dataset_test_split of the same data set; there are none where the recipe does not evaluate. In a mixture each
@@ -224,8 +236,11 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
     splits_long_rows = recipe.get("packing") and recipe.get("packing_strategy") in ("bfd_split", "wrapped")
     seed, reports = training_args.seed, {"train": Report(), "eval": Report()}
     idle: list[dict[str, str]] = []  # of each source
+    raw: list[tuple[Dataset, Rendering]] = []
 
-    def tokens_of(dataset: Dataset, name: str, split: str) -> Dataset:
+    def tokens_of(dataset: Dataset, name: str, split: str, share: float) -> Dataset:
+        if share < 1:
+            dataset = draw(dataset, share, seed)
         columns = choose_columns(task, dataset.column_names, keys)
         templated = recipe["apply_chat_template"] or has_messages(dataset, columns)
         if tokenizer.chat_template is None and templated:
@@ -242,6 +257,8 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
         )
         tokens, report = process(dataset, how, training_args.dataset_num_proc, f"{name} ({split})")
         reports[split] += report
+        if split == "train":
+            raw.append((dataset, how))
         return tokens
 
     sources = script_args.datasets or [
@@ -253,15 +270,17 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
         )
     ]
     holds_out = training_args.do_eval and script_args.test_split_size is not None and not script_args.eval_dataset_name
-    trains, held_out = [], []
+    loaded, trains, held_out = [], [], []
     for source in sources:
         rows = load_source(source.path, source.split, source.name, source.data_dir, source.data_files)
-        rows = first(select_columns(rows, source.columns, source.path), source.max_samples)
+        loaded.append(first(select_columns(rows, source.columns, source.path), source.max_samples))
+    share = 1.0 if sample is None else min(1.0, sample / sum(map(len, loaded)))
+    for source, rows in zip(sources, loaded, strict=True):
         if holds_out:
             parts = split_rows(rows, script_args.test_split_size, seed, source.path)
             rows = parts["train"]
-            held_out.append(tokens_of(parts["test"], source.path, "eval"))
-        trains.append(tokens_of(rows, source.path, "train"))
+            held_out.append(tokens_of(parts["test"], source.path, "eval", share))
+        trains.append(tokens_of(rows, source.path, "train", share))
     train = first(mix(trains, sources, script_args.mixture_stopping, seed), script_args.max_train_samples)
     if common := set(idle[0]).intersection(*idle):
         name = min(common)
@@ -269,24 +288,25 @@ def load_data(task: str, script_args, training_args, tokenizer: PreTrainedTokeni
     if "subset" in train.column_names:
         train = train.remove_columns("subset")
 
-    evaluation = raw = None
+    evaluation = raw_eval = None
     if training_args.do_eval:
         if held_out:
             evaluation = datasets.concatenate_datasets(held_out)
         elif name := script_args.eval_dataset_name or script_args.dataset_name:
             split = script_args.dataset_test_split
             if script_args.eval_dataset_name:
-                raw = load_evaluation(name, split)
+                raw_eval = load_evaluation(name, split)
             else:
-                raw = load_source(name, split, script_args.dataset_config)
-            raw = first(raw, script_args.max_eval_samples)
-            evaluation = tokens_of(raw, name, "eval")
+                raw_eval = load_source(name, split, script_args.dataset_config)
+            raw_eval = first(raw_eval, script_args.max_eval_samples)
+            evaluation = tokens_of(raw_eval, name, "eval", 1.0 if sample is None else min(1.0, sample / len(raw_eval)))
         else:
             raise RecipeError("To evaluate a mixture, set eval_dataset_name or test_split_size.")
         evaluation = first(evaluation, script_args.max_eval_samples)
         if "subset" in evaluation.column_names:
             evaluation = evaluation.class_encode_column("subset")
-    return Data(train, evaluation, {split: report for split, report in reports.items() if report.read}, raw)
+    read = {split: report for split, report in reports.items() if report.read}
+    return Data(train, evaluation, read, raw_eval, raw, share)
 
 
 def idle_keys(recipe: Mapping, columns: Mapping[str, str | None], templated: bool) -> dict[str, str]:
@@ -310,6 +330,12 @@ def has_messages(dataset: Dataset, columns: Mapping[str, str | None]) -> bool:
 
 def first(dataset: Dataset, count: int | None) -> Dataset:
     return dataset if count is None or count >= len(dataset) else dataset.select(range(count))
+
+
+def draw(dataset: Dataset, share: float, seed: int) -> Dataset:
+    """A share of the rows, at least one, drawn with the seed, in their order."""
+    chosen = np.random.default_rng(seed).choice(len(dataset), max(1, round(share * len(dataset))), replace=False)
+    return dataset.select(np.sort(chosen))
 
 
 def select_columns(dataset: Dataset, columns: list[str] | dict[str, str] | None, path: str) -> Dataset:

@@ -106,6 +106,20 @@ def load_tokenizer(
     return tokenizer
 
 
+def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    """[`load_tokenizer`] with the recipe's keys."""
+    script_args, training_args, model_args = recipe.args
+    return load_tokenizer(
+        model_args.model_name_or_path,
+        model_args.model_revision,
+        training_args.trust_remote_code,
+        script_args.chat_template,
+        training_args.chat_template_path,
+        training_args.eos_token,
+        distinct_pad=recipe.task == "rm",
+    )
+
+
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, distinct: bool) -> None:
     spare = [token for token in SPARE_TOKENS if token in tokenizer.get_vocab() and token != tokenizer.eos_token]
     if not spare and not distinct:

@@ -19,6 +19,7 @@ from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_fun
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import set_varlen_attention
+from .context_parallel import ContextGroup
 from .log_probs import LogProbs
 
 PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -70,7 +71,11 @@ def pack_rows(
 
 
 def pack_causal_lm(
-    model: nn.Module, packing: bool = True, share_prefix: bool = False, truncation_mode: str = "keep_start"
+    model: nn.Module,
+    packing: bool = True,
+    share_prefix: bool = False,
+    truncation_mode: str = "keep_start",
+    context: ContextGroup | None = None,
 ) -> None:
     """
     Patch the forward of a causal LM that `trl.trainer.utils.add_fused_lm_head` has patched: with `fused_lm_head=True`
@@ -82,12 +87,13 @@ def pack_causal_lm(
         packing: drop the padding; a batch that the collator has packed (`cu_seq_lens_q`) needs no flash-attn.
         share_prefix: the batch is pairs, chosen first (DPO); see `pack_rows`.
         truncation_mode: the collator's.
+        context: with packing, the ranks that share each row. The loss is then None: TRL's trainers make their own.
 
     Raises:
         ValueError: the model or the settings do not allow it.
     """
     if packing:
-        _set_packing(model, share_prefix, truncation_mode)
+        _set_packing(model, share_prefix, truncation_mode, context)
     model = model.get_base_model() if is_peft_model(model) else model
     model.base_model.register_forward_hook(_select_positions, with_kwargs=True)
     fused_forward = model.forward
@@ -101,15 +107,16 @@ def pack_causal_lm(
         if packing and "cu_seq_lens_q" not in kwargs:
             packed, source = pack_rows(kwargs.pop("input_ids"), kwargs.pop("attention_mask"), share_prefix)
             kwargs |= packed
-        output = fused_forward(
-            *args,
-            fused_lm_head=True,
-            shift_labels=labels[:, 1:][label_mask][None],
-            positions=source[:, :-1][label_mask],
-            **kwargs,
-        )
+        targets, positions = labels[:, 1:][label_mask], source[:, :-1][label_mask]
+        if context is not None:
+            kwargs, positions, mine = _take_share(context, kwargs, positions)
+            targets = targets[mine]
+        output = fused_forward(*args, fused_lm_head=True, shift_labels=targets[None], positions=positions, **kwargs)
         label_mask = label_mask.to(output.log_probs.device)
         fields = {name: output[name] for name in PER_TOKEN_FIELDS if name in output}
+        if context is not None:
+            fields = {name: context.combine(x[0], mine) for name, x in fields.items()}
+            output.loss = None
         # masked_scatter keeps a batch without labels connected to the model, as TRL does
         fields = {name: x.new_zeros(label_mask.shape).masked_scatter(label_mask, x) for name, x in fields.items()}
         return FusedCausalLMOutput(loss=output.loss, label_mask=label_mask, aux_loss=output.aux_loss, **fields)
@@ -125,7 +132,9 @@ class RewardOutput(SequenceClassifierOutputWithPast):
     aux_loss: torch.Tensor | None = None
 
 
-def pack_reward_model(model: nn.Module, packing: bool = True, share_prefix: bool = False) -> None:
+def pack_reward_model(
+    model: nn.Module, packing: bool = True, share_prefix: bool = False, context: ContextGroup | None = None
+) -> None:
     """
     Patch the forward of a sequence classifier: it reads the reward at the last token of each row by the attention
     mask, whatever the pad token is, with the model's head, whatever its name, and returns a `RewardOutput`.
@@ -134,12 +143,13 @@ def pack_reward_model(model: nn.Module, packing: bool = True, share_prefix: bool
         model: a sequence classifier, or a PEFT model around one.
         packing: drop the padding.
         share_prefix: the batch is pairs, chosen first; see `pack_rows`.
+        context: with packing, the ranks that share each row.
 
     Raises:
         ValueError: the model or the settings do not allow it.
     """
     if packing:
-        _set_packing(model, share_prefix, "keep_start")
+        _set_packing(model, share_prefix, "keep_start", context)
     model = model.get_base_model() if is_peft_model(model) else model
     model.base_model.register_forward_hook(_select_positions, with_kwargs=True)
     (head,) = (name for name, module in model.named_children() if module is not model.base_model)
@@ -155,7 +165,12 @@ def pack_reward_model(model: nn.Module, packing: bool = True, share_prefix: bool
             source = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
             kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
         positions = source.gather(1, last[:, None])[:, 0]
+        if context is not None:
+            kwargs, positions, mine = _take_share(context, kwargs, positions)
         outputs = self.base_model(positions=positions, **kwargs)
+        hidden = outputs.last_hidden_state[0]
+        if context is not None:
+            hidden = context.combine(hidden, mine)
         aux_loss = None
         if kwargs.get("output_router_logits"):
             config = self.config
@@ -163,13 +178,21 @@ def pack_reward_model(model: nn.Module, packing: bool = True, share_prefix: bool
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
             )
         # The head is looked up on each call: PEFT and FSDP replace it
-        logits = self.get_submodule(head)(outputs.last_hidden_state[0])
+        logits = self.get_submodule(head)(hidden)
         return RewardOutput(logits=logits, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)
 
 
-def _set_packing(model: nn.Module, share_prefix: bool, truncation_mode: str) -> None:
+def _take_share(context: ContextGroup, row: dict, positions: torch.Tensor) -> tuple[dict, torch.Tensor, torch.Tensor]:
+    """The backbone's arguments for this rank's part of a row; its part of `positions`, and which of them these are."""
+    part, place = context.split(row)
+    counted = place if row.get("key_index") is None else place[row["key_index"]]
+    mine, positions = context.own(place[positions], part["input_ids"].shape[1])
+    return {**row, **part, "counted": counted}, positions, mine
+
+
+def _set_packing(model: nn.Module, share_prefix: bool, truncation_mode: str, context: ContextGroup | None) -> None:
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"packing: {type(model.active_peft_config).__name__} puts virtual tokens before each row of a batch, and "
@@ -180,6 +203,13 @@ def _set_packing(model: nn.Module, share_prefix: bool, truncation_mode: str) -> 
         raise ValueError(
             f"packing: {type(base_model).__name__} takes more than text, which packing would misplace. "
             "Set packing: false."
+        )
+    rope = base_model.config.to_dict().get("rope_parameters") or {}  # of the model, or by type of layer
+    rope_types = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
+    if context is not None and rope_types & {"dynamic", "longrope"}:
+        raise ValueError(
+            f"context_parallel_size: {type(base_model).__name__} has rotary embeddings that depend on the longest "
+            "document (dynamic, longrope), of which a process sees a part. Set context_parallel_size: 1."
         )
     if share_prefix:
         if truncation_mode == "keep_end":
@@ -197,7 +227,9 @@ def _select_positions(backbone: nn.Module, args: tuple, kwargs: dict, outputs):
     if "positions" in kwargs:
         hidden = outputs.last_hidden_state
         outputs.last_hidden_state = hidden.flatten(0, 1)[kwargs["positions"].to(hidden.device)][None]
-        if kwargs.get("key_index") is not None and "router_logits" in outputs:
+        counted = kwargs.get("counted", kwargs.get("key_index"))
+        if counted is not None and "router_logits" in outputs:
+            gather = kwargs["context"].gather if "context" in kwargs else nn.Identity()
             # A shared token counts for both of its documents in the load-balancing loss
-            outputs.router_logits = tuple(logits[kwargs["key_index"]] for logits in outputs.router_logits)
+            outputs.router_logits = tuple(gather(logits)[counted] for logits in outputs.router_logits)
     return outputs

@@ -46,8 +46,8 @@ RENAMED = {
     "dataset_prompt_column": "prompt_column",
     "dataset_text_field": "text_column",
     "max_seq_length": "max_length",
-    "max_prompt_length": "max_length (of prompt and answer together)",
-    "max_completion_length": "max_length (of prompt and answer together)",
+    "max_prompt_length": "nothing: max_length is that of prompt and answer together",
+    "max_completion_length": "nothing: max_length is that of prompt and answer together",
     "hub_model_revision": "hub_revision",
     "gradient_checkpointing": "activation_checkpointing",
     "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
@@ -80,6 +80,8 @@ class Recipe:
 
 class RecipeError(ValueError):
     """A user's mistake. The scripts print it without a traceback and exit with code 2."""
+
+    exit_code = 2
 
 
 class Loader(yaml.SafeLoader):
@@ -129,6 +131,19 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(recipe).__name__}.")
     return {name: value for name, value in recipe.items() if not str(name).startswith("_")}
+
+
+def find_task(path: str | Path, task: str | None = None) -> str:
+    """`task`, or the one that the path names: recipes/<model>/<task>/<variant>.yaml, or <task>.yaml.
+
+    Raises:
+        RecipeError: when `task` is not one of ours, or neither names one.
+    """
+    path = Path(path)
+    task = task or next((name for name in (path.stem, path.absolute().parent.name) if name in TASKS), None)
+    if task not in TASKS:
+        raise RecipeError(f"{path}: which task? Give --task {', --task '.join(TASKS)}; got {task}.")
+    return task
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
@@ -312,12 +327,14 @@ def as_mistake(*errors: type[Exception]) -> Iterator[None]:
 
 @contextmanager
 def report_mistakes() -> Iterator[None]:
-    """End the script with code 2 and one message, without a traceback, when a [`RecipeError`] is raised inside.
+    """End the script with one message, no traceback and the error's code when a [`RecipeError`] is raised inside.
 
     Under several processes rank 0 speaks. The others wait, since the launcher ends all processes with the first one
     that fails, and speak only when rank 0 found nothing wrong.
     """
     warnings.filterwarnings("ignore", category=FutureWarning, module="trl|transformers")
+    if int(os.environ.get("RANK", 0)) > 0:
+        logging.getLogger("tunebook").setLevel(logging.ERROR)
     try:
         yield
     except RecipeError as error:
@@ -326,7 +343,7 @@ def report_mistakes() -> Iterator[None]:
             time.sleep(30)
         sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
         sys.stderr.flush()
-        os._exit(2)  # a normal exit would wait for the other ranks in torch.distributed's clean-up
+        os._exit(error.exit_code)  # a normal exit would wait for the other ranks in torch.distributed's clean-up
     except KeyboardInterrupt:
         sys.stderr.write("interrupted; the same command goes on from the last complete checkpoint\n")
         sys.stderr.flush()

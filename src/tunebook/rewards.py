@@ -11,6 +11,7 @@ from trl.trainer.utils import pad
 
 from .callbacks import PairAccuracyCallback
 from .data import load_source
+from .generations import map_over_ranks
 from .models import load_reward_model
 from .packing import pack_reward_model
 from .recipe import RecipeError
@@ -73,12 +74,17 @@ def pair_benchmarks(
     """Accuracy by subset on files of pairs (RewardBench's layout), at every evaluation."""
     renderer = Renderer(Rendering("sft", tokenizer, None, {"prompt": "prompt", "completion": "completion"}))
 
-    def score(items: list[tuple]) -> list[float]:
+    def score_share(items: list[tuple]) -> list[float]:
         rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
         was_training = trainer.model.training
         rewards = score_ids(trainer.model.eval(), render(rows, renderer, "benchmark"), batch_size)
         trainer.model.train(was_training)
         return rewards
+
+    def score(items: list[tuple]) -> list[float]:
+        if trainer.args.context_parallel_size > 1:  # ranks that share a packed row need the same items
+            return score_share(items)
+        return map_over_ranks(trainer.accelerator, score_share, items)
 
     return PairAccuracyCallback(
         trainer, {Path(path).stem: load_source(path, "train").to_list() for path in paths}, score

@@ -14,6 +14,8 @@ RANGES = {
     "per_device_eval_batch_size": AT_LEAST_ONE,
     "gradient_accumulation_steps": AT_LEAST_ONE,
     "global_batch_size": AT_LEAST_ONE,
+    "context_parallel_size": AT_LEAST_ONE,
+    "context_parallel_head_stride": AT_LEAST_ONE,
     "max_length": AT_LEAST_ONE,
     "warmup_steps": AT_LEAST_ZERO,
     "weight_decay": AT_LEAST_ZERO,
@@ -38,6 +40,9 @@ RANGES = {
     "benchmark_timeout": POSITIVE,
     "max_tokens_per_batch": AT_LEAST_ONE,
     "center_rewards_coefficient": AT_LEAST_ZERO,
+    "muon_learning_rate": POSITIVE,
+    "muon_momentum": SHARE,
+    "muon_weight_decay": AT_LEAST_ZERO,
 }
 
 Values = Mapping[str, Any]  # every key of the recipe's three dataclasses, with its default where it was not given
@@ -112,6 +117,17 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         "no max_tokens_per_batch: it decides how many pairs a batch has",
     ),
     ("packing_strategy eval_packing", lambda v: v["packing"], "packing: true"),
+    (
+        "context_parallel_head_stride",
+        lambda v: v["context_parallel_size"] > 1,
+        "context_parallel_size of 2 or more",
+    ),
+    ("muon_learning_rate muon_momentum muon_weight_decay", lambda v: v["optim"] == "muon", "optim: muon"),
+    (
+        "optim_args optim_target_modules",
+        lambda v: v["optim"] != "muon",
+        "an optim other than muon, which does 5 Newton-Schulz steps with Nesterov momentum, always",
+    ),
     ("activation_checkpointing_kwargs", lambda v: v["activation_checkpointing"], "activation_checkpointing: true"),
     (
         "wandb_entity wandb_project wandb_run_group",
@@ -275,6 +291,10 @@ CONTRADICTIONS: list[tuple[Callable[[Values], bool], str]] = [
         lambda v: best_by_benchmark(v) and v["benchmark_schedule"] in ("after", "beside"),
         "`metric_for_best_model` is a benchmark's: it needs `benchmark_schedule: evaluation`.",
     ),
+    (
+        lambda v: v["optim"] == "muon" and v["use_peft"] and not v["lora_modules_to_save"],
+        "`optim: muon` trains whole weights, `use_peft` none: LoRA's matrices go to AdamW. Leave one out.",
+    ),
     (lambda v: v["bf16"] and v["fp16"], "`bf16` and `fp16` are both true. Take one."),
     (
         lambda v: v.get("assistant_only_loss") and v["last_turn_only_loss"],
@@ -308,8 +328,22 @@ CONTRADICTIONS: list[tuple[Callable[[Values], bool], str]] = [
         "`packing` needs `max_length`: the length of a packed row.",
     ),
     (
+        lambda v: v["context_parallel_size"] > 1 and not v["packing"],
+        "`context_parallel_size` shares packed rows between processes. Set packing: true.",
+    ),
+    (
+        lambda v: v["context_parallel_size"] > 1 and v["neftune_noise_alpha"] is not None,
+        "`context_parallel_size` with `neftune_noise_alpha` is not defined: the noise depends on the tokens that a "
+        "process has. Leave one out.",
+    ),
+    (
         lambda v: (v.get("dataset_kwargs") or {}).get("skip_prepare_dataset"),
         "`dataset_kwargs.skip_prepare_dataset` has no effect: rows are tokenized before the trainer is built.",
+    ),
+    (
+        lambda v: v["enable_jit_checkpoint"],
+        "`enable_jit_checkpoint` saves at another step on each rank, and lets a run that was ended look finished "
+        "(transformers 5.23). Set `save_steps`; the same command goes on from the last checkpoint.",
     ),
     (
         lambda v: v["hub_token"] is not None,

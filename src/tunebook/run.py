@@ -1,5 +1,6 @@
 """What the three scripts share: [`prepare`] before the trainer is built, [`fit`] after."""
 
+import json
 import logging
 import sys
 from dataclasses import dataclass
@@ -18,12 +19,15 @@ from transformers.trainer_utils import TrainOutput
 from . import checkpoints
 from .benchmarks import find_benchmark, is_benchmark_metric
 from .callbacks import build_callbacks, finish_callbacks
-from .configs import has_fast_bf16
+from .configs import count_groups, has_fast_bf16
 from .data import Data, fingerprint, load_data
 from .generations import load_metric, load_prompts, sweep
 from .hub import PENDING, check_hub_revision
-from .models import check_model, load_tokenizer
+from .models import check_model, load_recipe_tokenizer
+from .preflight import check
+from .progress import show_progress
 from .recipe import Recipe, as_mistake
+from .report import RECORD_FILE, report_run
 from .trackers import set_wandb_environment
 
 logger = logging.getLogger(__name__)
@@ -51,6 +55,10 @@ def prepare(recipe: Recipe) -> Run:
     """
     script_args, training_args, model_args = recipe.args
     set_up_logging(training_args)
+    if training_args.dry_run:
+        raise SystemExit(check(recipe))
+    with as_mistake():
+        count_groups(training_args.world_size, training_args.context_parallel_size)
     set_seed(training_args.seed)
     output_dir = Path(training_args.output_dir)
     checkpoint = checkpoints.find_checkpoint(output_dir, training_args.resume_from_checkpoint)
@@ -64,15 +72,7 @@ def prepare(recipe: Recipe) -> Run:
         following = check_following(recipe, resumes=checkpoint is not None)
     model = model_args.model_name_or_path
     check_model(model, model_args.model_revision, training_args.trust_remote_code)
-    tokenizer = load_tokenizer(
-        model,
-        model_args.model_revision,
-        training_args.trust_remote_code,
-        script_args.chat_template,
-        training_args.chat_template_path,
-        training_args.eos_token,
-        distinct_pad=recipe.task == "rm",
-    )
+    tokenizer = load_recipe_tokenizer(recipe)
     log_resolved(recipe)
     data = load_data(recipe.task, script_args, training_args, tokenizer)
     record = {
@@ -84,14 +84,18 @@ def prepare(recipe: Recipe) -> Run:
         "recipe": recipe.given,
         "rows": {split: str(report) for split, report in data.reports.items()},
         "versions": {name: version(name) for name in VERSIONS},
+        "resumed_from": [],
     }
     if checkpoint is not None:
         checkpoints.check_resume(checkpoint, record, training_args.force_resume)
+        record["resumed_from"] = [*checkpoints.read_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
         logger.info("Going on from %s (resume_from_checkpoint: %s).", checkpoint, training_args.resume_from_checkpoint)
     if PartialState().is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.given, sort_keys=False), encoding="utf-8")
-        data.write_report(output_dir / "data_report.json")
+        with checkpoints.saving("recipe.yaml", output_dir):
+            (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.given, sort_keys=False), encoding="utf-8")
+            (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+            data.write_report(output_dir / "data_report.json")
     if recipe.task != "rm" and training_args.eval_prompts:
         with as_mistake():
             following["eval_prompts"] = load_prompts(training_args.eval_prompts, data.raw_eval or {})
@@ -178,11 +182,12 @@ def log_resolved(recipe: Recipe) -> None:
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     logger.info("Precision: %s (%s), weights in %s.", precision, origin, model_args.dtype)
     logger.info(
-        "Batch: %d rows a step = %d a device x %d processes x %d accumulated.",
-        args.per_device_train_batch_size * args.world_size * args.gradient_accumulation_steps,
+        "Batch: %d rows a step = %d a device x %d processes x %d accumulated%s.",
+        args.per_device_train_batch_size * args.data_parallel_size * args.gradient_accumulation_steps,
         args.per_device_train_batch_size,
         args.world_size,
         args.gradient_accumulation_steps,
+        f" / {args.context_parallel_size} that share a row" if args.context_parallel_size > 1 else "",
     )
 
 
@@ -190,27 +195,34 @@ def fit(trainer, run: Run) -> TrainOutput:
     """Train (or go on), evaluate, and save what is needed to use the model: weights, tokenizer with template,
     generation config, model card, metrics and the trainer's state."""
     args = trainer.args
+    show_progress(trainer)
     callbacks = build_callbacks(trainer, **run.following)
     for callback in callbacks:
         trainer.add_callback(callback)
     result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
-    trainer.log_metrics("train", result.metrics)
-    trainer.save_metrics("train", result.metrics)
-    trainer.save_state()
-    if args.do_eval:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
-        if "calibrate_rewards" in vars(args) and args.calibrate_rewards:
-            trainer.calibrate()
+    with checkpoints.saving("The model", Path(args.output_dir)):
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        if args.do_eval:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+            if "calibrate_rewards" in vars(args) and args.calibrate_rewards:
+                trainer.calibrate()
+        trainer.save_state()
 
-    trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True  # off in training, wanted by who generates
-    trainer.save_model(args.output_dir)
-    trainer.create_model_card()
+        # off in training, wanted by who generates
+        trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
+        trainer.save_model(args.output_dir)
+        trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()
-    finish_callbacks(trainer, callbacks, Path(args.output_dir))
+    try:
+        finish_callbacks(trainer, callbacks, Path(args.output_dir))
+    finally:
+        if trainer.is_world_process_zero():
+            report_run(Path(args.output_dir))
     logger.info("The model is in %s.", args.output_dir)
     trainer.end()
     return result

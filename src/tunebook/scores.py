@@ -14,6 +14,7 @@ from rich.table import Table
 from tunebook.trackers import markdown_table
 
 ROWS_FILE = "benchmarks.jsonl"
+REWARDS_FILE = "eval_rewards.csv"  # of the pairs of a reward model's last evaluation: chosen, rejected
 CARD_HEADING = "## Benchmarks"
 
 

@@ -1,6 +1,7 @@
 """TRL's trainers, on rows that are tokenized already, with exact resume, and with the objectives that TRL lacks."""
 
 import logging
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 import trl
@@ -17,13 +19,17 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from . import checkpoints
 from .batches import TokenBatchSampler, pair_lengths
+from .context_parallel import ContextParallel
+from .optim import build_muon
 from .packing import pack_causal_lm, pack_reward_model
+from .progress import MeasuredSpeed
 from .recipe import RecipeError, as_mistake
+from .scores import REWARDS_FILE
 
 logger = logging.getLogger(__name__)
 
 
-class ExactResume:
+class ExactResume(ContextParallel):
     """Mixin before a TRL trainer: complete checkpoints only, resumed at the sample where they stopped.
 
     Args:
@@ -37,32 +43,30 @@ class ExactResume:
     @property
     def global_batch_size(self) -> int:
         args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
 
     def _save_checkpoint(self, model, trial) -> None:
-        limit, self.args.save_total_limit = (
-            self.args.save_total_limit,
-            None,
-        )  # ours to apply, once the new one is whole
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self.args.save_total_limit = limit
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            output_dir = Path(self.args.output_dir)
-            epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
-            progress = {
-                "epoch": epoch,
-                "samples_in_epoch": step * self.global_batch_size,
-                "consumed_samples": self.state.global_step * self.global_batch_size,
-                "global_batch_size": self.global_batch_size,
-                "world_size": self.args.world_size,
-            }
-            folder = output_dir / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            checkpoints.write_manifest(folder, {**self.record, **progress})
-            checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
-        self.accelerator.wait_for_everyone()
+        output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with checkpoints.saving(name, output_dir):
+            # the limit is ours to apply, once the new checkpoint is whole
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
+                progress = {
+                    "epoch": epoch,
+                    "samples_in_epoch": step * self.global_batch_size,
+                    "consumed_samples": self.state.global_step * self.global_batch_size,
+                    "global_batch_size": self.global_batch_size,
+                    "world_size": self.args.world_size,
+                }
+                checkpoints.write_manifest(output_dir / name, {**self.record, **progress})
+                checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
+            self.accelerator.wait_for_everyone()
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -101,6 +105,23 @@ class ExactResume:
             self.lr_scheduler.last_epoch = self.state.global_step - 1
             self.lr_scheduler.step()
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.args.optim == "muon" and self.optimizer is None:
+            model = self.model if model is None else model
+            with as_mistake():
+                self.optimizer = build_muon(model, self.args, self.get_decay_parameter_names(model))
+        return super().create_optimizer(model)
+
+    def _get_learning_rate(self) -> float:
+        if self.args.optim == "muon":  # read when the other is, before the schedule's next step
+            self.muon_learning_rate = self.optimizer.param_groups[-1]["lr"]
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *args) -> None:
+        if self.args.optim == "muon" and "learning_rate" in logs:
+            logs["muon_learning_rate"] = self.muon_learning_rate
+        super().log(logs, *args)
+
     def create_model_card(self, *args, **kwargs) -> None:
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
@@ -125,20 +146,20 @@ def settled(args: Any, **values: Any) -> Iterator[None]:
         vars(args).update(before)
 
 
-class SFTTrainer(ExactResume, trl.SFTTrainer):
+class SFTTrainer(MeasuredSpeed, ExactResume, trl.SFTTrainer):
     """TRL's SFTTrainer; its loss scores the labelled positions only, and packed rows need no flash-attn."""
 
     def __init__(self, *, args, **kwargs):
         with settled(args, assistant_only_loss=False, chat_template_path=None, eos_token=None, model_init_kwargs=None):
             super().__init__(args=args, **kwargs)
         with as_mistake():
-            pack_causal_lm(self.model, packing=args.packing)
+            pack_causal_lm(self.model, packing=args.packing, context=self.context)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
         return super()._prepare_dataset(dataset, processing_class, args, packing, *rest) if packing else dataset
 
 
-class PackedPairs(ExactResume):
+class PackedPairs(MeasuredSpeed, ExactResume):
     """Mixin of the two preference trainers: whether the prefix is shared, and batches of even packed length."""
 
     batches: TokenBatchSampler | None = None
@@ -171,8 +192,8 @@ class PackedPairs(ExactResume):
                 max_tokens=args.max_tokens_per_batch,
                 gradient_accumulation_steps=args.gradient_accumulation_steps,
                 seed=args.seed if args.data_seed is None else args.data_seed,
-                rank=args.process_index,
-                world_size=args.world_size,
+                rank=args.process_index // args.context_parallel_size,
+                world_size=args.data_parallel_size,
                 drop_last=args.dataloader_drop_last,
             )
         return self.batches
@@ -214,7 +235,7 @@ class RewardTrainer(PackedPairs, trl.RewardTrainer):
             super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.evaluated: list[torch.Tensor] = []
         with as_mistake():
-            pack_reward_model(self.model, args.packing, self.shares_prefix)
+            pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
 
     def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
         return dataset
@@ -263,6 +284,9 @@ class RewardTrainer(PackedPairs, trl.RewardTrainer):
         self.evaluated.clear()
         result = super().evaluation_loop(*args, **kwargs)
         pairs = torch.cat(self.evaluated)
+        if self.is_world_process_zero():
+            rewards = pd.DataFrame(pairs[:, :2].numpy(), columns=["chosen", "rejected"])
+            rewards.to_csv(Path(self.args.output_dir, REWARDS_FILE), index=False)
         won, metrics = (pairs[:, 0] > pairs[:, 1]).float(), self._metrics["eval"]
         metrics["accuracy"], metrics["margin"] = [won.mean().item()], [(pairs[:, 0] - pairs[:, 1]).mean().item()]
         metrics["mean_reward"], metrics["std_reward"] = [pairs[:, :2].mean().item()], [pairs[:, :2].std().item()]
@@ -290,14 +314,13 @@ def offloaded_parameters(args) -> Iterator[None]:
     if not (args.ref_offload and shards_parameters(args)):
         yield
         return
-    zero = args.deepspeed_plugin.deepspeed_config["zero_optimization"]
-    before = dict(zero)
-    zero["offload_param"] = {"device": "cpu"}
+    plugin = args.deepspeed_plugin
+    before = plugin.deepspeed_config["zero_optimization"].get("offload_param", {"device": "none"})
+    plugin.deepspeed_config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     try:
         yield
-    finally:
-        zero.clear()
-        zero.update(before)
+    finally:  # in the copy that transformers has put in its place, which the policy's engine is made from
+        plugin.deepspeed_config["zero_optimization"]["offload_param"] = before
 
 
 class DPOTrainer(PackedPairs, trl.DPOTrainer):
@@ -343,7 +366,12 @@ class DPOTrainer(PackedPairs, trl.DPOTrainer):
             self.patched = True
             for model in filter(None, (self.model, self.ref_model)):
                 with as_mistake():
-                    pack_causal_lm(self.accelerator.unwrap_model(model), self.args.packing, self.shares_prefix)
+                    pack_causal_lm(
+                        self.accelerator.unwrap_model(model),
+                        self.args.packing,
+                        self.shares_prefix,
+                        context=self.context,
+                    )
 
     def _precompute_ref_logps(self, *args) -> Dataset:
         self._patch_forwards()
@@ -352,7 +380,9 @@ class DPOTrainer(PackedPairs, trl.DPOTrainer):
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
         """The reference model, on the device for the time of its pass where `ref_offload` keeps it on the CPU."""
-        moves = self.args.ref_offload and not shards_parameters(self.args)
+        # ZeRO-3 and fsdp2_offload bring it layer by layer themselves; fsdp2 moves each rank's shards
+        offloads_itself = shards_parameters(self.args) or os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+        moves = self.args.ref_offload and not offloads_itself
         if moves:
             self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
         yield self.ref_model or self.model

@@ -1,0 +1,149 @@
+"""Peak memory of training steps on the CPU against tunebook.memory's estimate of it.
+
+python perf/memory.py          every case; writes perf/results/memory-<machine>.json and the table of docs/preflight.md
+python perf/memory.py --docs   the table again, from perf/results
+
+A run is a process of its own, with glibc's defaults; its memory is the most that it ever had (getrusage, ru_maxrss).
+"""
+
+import argparse
+import itertools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import rows
+import yaml
+from compare import PACKAGES, RESULTS, ROOT, SCRIPTS, Sheet, describe_machine
+from rich.console import Console
+from transformers import AutoConfig, LlamaConfig
+
+from tunebook.memory import Batch, estimate
+from tunebook.preflight import settings
+from tunebook.recipe import parse
+
+DOCS = ROOT / "docs/preflight.md"
+SIZES = {
+    "10M": {},
+    "55M": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10},
+}
+ROWS = {"10M": 8, "55M": 4, "SmolLM2-135M": 2}  # a batch; half as many pairs
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """Model and recipe keys of every run."""
+    for model, task, lora, checkpointing in itertools.product(
+        (*SIZES, "SmolLM2-135M"), SCRIPTS, (False, True), (False, True)
+    ):
+        batch = ROWS[model] if task == "sft" else ROWS[model] // 2
+        keys = {"use_peft": lora, "activation_checkpointing": checkpointing, "per_device_train_batch_size": batch}
+        yield {"model": model, "task": task, "keys": keys}
+        if model != "55M" and not lora and not checkpointing:
+            packing = {"packing": True} | (
+                {"per_device_train_batch_size": 1, "max_length": 1024} if task == "sft" else {}
+            )
+            yield {"model": model, "task": task, "keys": keys | packing}
+
+
+def run(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
+    """Two steps, the second with the optimizer's states, on the rows of one batch, so that both are as large."""
+    folder = Path(tempfile.mkdtemp(dir=folder))
+    keys, draw = case["keys"], rows.gsm8k if case["task"] == "sft" else rows.gsm8k_preferences
+    file = rows.write(draw(5 if "max_length" in keys else keys["per_device_train_batch_size"]), folder / "data")
+    recipe = {"model_name_or_path": str(model), "dataset_name": str(file), "output_dir": str(folder / "out")}
+    recipe |= {"max_steps": 2, "bf16": False, "use_cpu": True, "save_strategy": "no", "report_to": "none"}
+    config, out = folder / "recipe.yaml", folder / "result.json"
+    config.write_text(yaml.safe_dump(recipe | keys))
+    command = ["measure.py", out, "train", ROOT / SCRIPTS[case["task"]][1], "--config", config]
+    subprocess.run([sys.executable, *command], cwd=ROOT / "perf", check=True, capture_output=True)
+    return json.loads(out.read_text())
+
+
+def batch_of(step: dict[str, Any], task: str, packed: bool) -> Batch:
+    """The shape of a measured batch, as perf/measure.py describes it."""
+    count, tokens, shared = len(step["lengths"]), sum(step["lengths"]), sum(step["shared"])
+    scored = count if task == "rm" else step["scored"]
+    if not packed:
+        return Batch(count, step["padded"] // count, scored)
+    return Batch(1, tokens - shared * (task != "sft"), scored, None if task == "sft" else tokens, packed=True)
+
+
+def estimated(case: dict[str, Any], config) -> float:
+    """Bytes, of a case of the results."""
+    keys = {"model_name_or_path": "model", "dataset_name": "rows", "output_dir": "out", "bf16": False, "use_cpu": True}
+    recipe = parse(case["task"], keys | case["keys"])
+    parts = estimate(config, case["task"], Batch(**case["batch"]), device="cpu", **settings(recipe, config))
+    return sum(part.bytes for part in parts)
+
+
+def measure_case(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
+    result = run(case, model, folder)
+    batch = batch_of(result["steps"][-1], case["task"], case["keys"].get("packing", False))
+    Console().log(f"{case['model']} {describe(case)}: {result['peak_memory'] / 1e9:.2f} GB")
+    return case | {"batch": asdict(batch), "measured": result["peak_memory"]}
+
+
+def measure(model: Path) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        models = {"SmolLM2-135M": model} | {size: folder / size for size in SIZES}
+        for size, changes in SIZES.items():
+            rows.save_small_model(models[size], **changes)
+        return {
+            "machine": describe_machine(),
+            "versions": {name: version(name) for name in PACKAGES},
+            "models": {name: AutoConfig.from_pretrained(path).to_diff_dict() for name, path in models.items()},
+            "cases": [measure_case(case, models[case["model"]], folder) for case in cases()],
+        }
+
+
+def describe(case: dict[str, Any]) -> str:
+    keys = case["keys"]
+    words = [case["task"], "LoRA" if keys["use_peft"] else "full"]
+    words += ["packed"] * keys.get("packing", False) + ["checkpointing"] * keys["activation_checkpointing"]
+    return ", ".join(words)
+
+
+def sheet(results: dict[str, Any]) -> Sheet:
+    lines = []
+    for case in results["cases"]:
+        estimate, measured = estimated(case, LlamaConfig(**results["models"][case["model"]])), case["measured"]
+        gigabytes = (f"{figure / 1e9:.2f}" for figure in (estimate, measured))
+        lines.append((case["model"], describe(case), *gigabytes, f"{estimate / measured - 1:+.0%}"))
+    header = ("model", "run", "estimate (GB)", "measured (GB)", "error")
+    return Sheet(f"{results['machine']['cpu']}, float32", header, lines)
+
+
+def write_table(text: str, folder: Path = RESULTS) -> str:
+    """The page with the table of perf/results/memory-NAME.json after each <!-- memory: NAME -->."""
+
+    def table(match: re.Match) -> str:
+        results = json.loads((folder / f"memory-{match[2]}.json").read_text())
+        return f"{match[1]}\n{sheet(results).markdown()}\n{match[3]}"
+
+    return re.sub(r"(<!-- memory: (\S+) -->\n).*?(<!-- end of memory -->)", table, text, flags=re.DOTALL)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
+    parser.add_argument("--docs", action="store_true", help="measure nothing, write the table of docs/preflight.md")
+    arguments = parser.parse_args(argv)
+    if not arguments.docs:
+        results = measure(arguments.model)
+        RESULTS.mkdir(exist_ok=True)
+        file = RESULTS / f"memory-{results['machine']['name']}.json"
+        file.write_text(json.dumps(results, indent=1) + "\n")
+        Console(width=140).print(sheet(results).table())
+    DOCS.write_text(write_table(DOCS.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
