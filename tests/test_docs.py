@@ -46,7 +46,7 @@ def test_every_recipe_in_the_docs_parses(block):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_link_and_path_in_the_docs_exists(page):
-    links = re.findall(r"\]\(([^)h#][^)]*)\)", page.read_text())
+    links = re.findall(r"\]\(([^)h#][^)#]*)[^)]*\)", page.read_text())
     paths = re.findall(r"`((?:src|recipes|configs|data|launch|tests|perf|docs)/[\w./-]+)`", page.read_text())
     for path in [page.parent / link for link in links] + [ROOT / path for path in paths]:
         assert path.exists(), path

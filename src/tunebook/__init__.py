@@ -4,10 +4,14 @@ From Python, with the recipe's keys as arguments: `from tunebook import dpo; dpo
 """
 
 import importlib.util
+import logging
 from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
+
+# bitsandbytes 0.50 says at every import, on a CPU with bf16 instructions, that it lacks a kernel for 4-bit inference
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def run_script(task: str, keys: dict[str, Any]):

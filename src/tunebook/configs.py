@@ -269,8 +269,8 @@ def count_groups(processes: int, context_parallel_size: int) -> int:
     groups, rest = divmod(processes, context_parallel_size)
     if rest:
         raise ValueError(
-            f"`context_parallel_size` {context_parallel_size} does not divide the {processes} processes into groups. Set "
-            "it to a divisor of their number, or start a multiple of it (--num_processes)."
+            f"`context_parallel_size` {context_parallel_size} does not divide the {processes} processes into groups. "
+            "Set it to a divisor of their number, or start a multiple of it (--num_processes)."
         )
     return groups
 
