@@ -66,7 +66,7 @@ FOUR = (*THREE, TUNEBOOK_CHECKPOINTING)
 CASES = (
     Case("sft-gsm8k", "sft", "SmolLM2-135M", "gsm8k", 8, 2, FOUR),
     Case("rm-gsm8k", "rm", "SmolLM2-135M", "gsm8k_preferences", 8, 1, FOUR),
-    Case("dpo-gsm8k", "dpo", "SmolLM2-135M", "gsm8k_preferences", 8, 1, FOUR),
+    Case("dpo-gsm8k", "dpo", "SmolLM2-135M", "gsm8k_preferences", 8, 1, (*PAIR, TUNEBOOK_CHECKPOINTING)),
     Case("sft-long-tail", "sft", "10M", "long_tail", 8, 4, THREE),
     Case("rm-shared-prompts", "rm", "10M", "shared_prompts", 8, 2, THREE),
     Case("dpo-shared-prompts", "dpo", "10M", "shared_prompts", 8, 2, THREE),

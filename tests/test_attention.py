@@ -200,3 +200,15 @@ def test_a_model_that_packing_would_change_is_refused_by_name(case):
     model_class, config_class, changes, reason = REFUSED[case]
     with pytest.raises(ValueError, match=f"packing: {model_class.__name__}.*{reason}.*packing: false"):
         set_varlen_attention(model_class(config_class(**{**SIZES, **changes})))
+
+
+def test_a_mask_that_was_made_while_scoring_serves_training():
+    """Masks are kept, and autograd refuses tensors of inference mode."""
+    attention._causal_mask.cache_clear()
+    starts = [torch.tensor([0, 2]).int(), torch.tensor([0, 4]).int()]
+    rows = [torch.randn(1, 1, tokens, 8, requires_grad=True) for tokens in (2, 4, 4)]
+    lengths = dict(zip(("cu_seq_lens_q", "cu_seq_lens_k"), starts, strict=True), max_length_q=2, max_length_k=4)
+    with torch.inference_mode():
+        varlen_attention(nn.Module(), *rows, None, **lengths)
+    varlen_attention(nn.Module(), *rows, None, **lengths)[0].sum().backward()
+    assert rows[0].grad.abs().sum() > 0

@@ -119,6 +119,7 @@ def _document_attention(query, key, value, lengths, scaling, window, softcap):
 
 
 @lru_cache(maxsize=4)  # the few pieces of a long row are the same in all heads and layers, and each keeps its mask
+@torch.inference_mode(mode=False)  # one that scoring made serves training
 def _causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """(queries, keys), 0 where a query sees a key, else -inf; the last query is aligned with the last key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
