@@ -484,8 +484,14 @@ def draw(results: dict[str, Any], file: Path) -> None:
         (f"rows of {BATCH_LENGTH} tokens", lambda shape: shape["length"] == BATCH_LENGTH),
     ):
         shapes = [shape for shape in results["scaling"] if chosen(shape)]
-        tokens = [shape["length"] * shape["batch"] for shape in shapes]
-        right.loglog(tokens, [median(shape["seconds"]) for shape in shapes], marker="o", label=label)
+        seconds = {shape["length"] * shape["batch"]: median(shape["seconds"]) for shape in shapes}
+        right.loglog(seconds.keys(), seconds.values(), marker="o", label=label)
+    ticks = sorted({shape["length"] * shape["batch"] for shape in results["scaling"]})
+    right.set_xticks(ticks, ticks)
+    right.xaxis.minorticks_off()
+    seconds = [0.1, 0.2, 0.5, 1, 2, 5]
+    right.set_yticks(seconds, seconds)
+    right.yaxis.minorticks_off()
     right.set_xlabel("tokens of a step")
     right.set_ylabel("seconds of a step, SFT, 10M parameters")
     right.legend(fontsize=8)
