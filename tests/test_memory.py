@@ -6,12 +6,11 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, build_model
+from conftest import ROOT
 from peft import LoraConfig, get_peft_model
-from transformers import LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
 
-from tunebook.memory import Batch, LiveBytes, Sharding, count_step, estimate
-from tunebook.memory import build_model as build_meta
+from tunebook.memory import Batch, LiveBytes, Sharding, build_model, count_step, estimate
 
 sys.path.insert(0, str(ROOT / "perf"))
 import memory  # noqa: E402
@@ -67,22 +66,7 @@ def test_offloaded_parts_are_not_on_the_device():
 
 def test_only_the_adapter_has_gradients():
     lora = LoraConfig(r=8, task_type="CAUSAL_LM")
-    trained, total = get_peft_model(
-        build_model(
-            512,
-            **{
-                k: getattr(CONFIG, k)
-                for k in (
-                    "hidden_size",
-                    "intermediate_size",
-                    "num_hidden_layers",
-                    "num_attention_heads",
-                    "num_key_value_heads",
-                )
-            },
-        ),
-        lora,
-    ).get_nb_trainable_parameters()
+    trained, total = get_peft_model(LlamaForCausalLM(CONFIG), lora).get_nb_trainable_parameters()
     found = parts(peft_config=lora)
     assert (found["weights"], found["gradients"], found["optimizer"]) == (4 * total, 4 * trained, 8 * trained)
 
@@ -102,7 +86,7 @@ def test_a_reference_is_a_second_model_unless_it_is_offloaded():
 
 def test_the_count_on_meta_is_what_a_real_step_allocates():
     """The same model with real tensors and torch's own attention, unpadded; its storages are counted as they come."""
-    model = build_meta(CONFIG, "rm").to_empty(device="cpu")
+    model = build_model(CONFIG, "rm").to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.02)
@@ -111,7 +95,7 @@ def test_the_count_on_meta_is_what_a_real_step_allocates():
         model.score(hidden[:, -1:].flatten(0, 1)).sum().backward()
         del hidden
     real = count.peak
-    expected = count_step(build_meta(CONFIG, "rm"), "rm", Batch(1, 512, 1, packed=True), "cpu", False, True, False)
+    expected = count_step(build_model(CONFIG, "rm"), "rm", Batch(1, 512, 1, packed=True), "cpu", False, True, False)
     assert expected == pytest.approx(real, rel=0.05)
 
 

@@ -150,7 +150,7 @@ def shown(name: str, value: Any, form: str) -> str:
     return form.format(text if len(text) < 80 else "...")
 
 
-# Checked where the recipe is launched: they depend on the number of processes or on the GPU
+# Checked where the recipe is launched: it depends on the GPU
 OF_THE_MACHINE = {"tf32"}
 SECRETS = {"hub_token", "push_to_hub_token", "wandb_api_key", "logger.wandb.key", "use_wandb"}
 

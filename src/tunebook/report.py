@@ -30,7 +30,7 @@ from .checkpoints import list_checkpoints
 from .generations import TABLE
 from .progress import COUNTERS
 from .recipe import RecipeError
-from .scores import REWARDS_FILE, ROWS_FILE, flat_scores
+from .scores import REWARDS_FILE, ROWS_FILE, flat_scores, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -133,15 +133,6 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """None where there is no file, or only the beginning of one, of a run that was killed."""
     with suppress(FileNotFoundError, json.JSONDecodeError):
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of JSON lines; without what a run that was killed did not write to its end."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
 
 
 def read_rewards(path: Path) -> pd.DataFrame:

@@ -6,6 +6,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
@@ -19,7 +20,12 @@ CARD_HEADING = "## Benchmarks"
 
 
 def read_rows(rows_file: Path) -> list[dict]:
-    return [json.loads(line) for line in rows_file.read_text().splitlines()] if rows_file.exists() else []
+    """Rows of JSON lines; without what a run that was killed did not write to its end."""
+    rows = []
+    for line in rows_file.read_text(encoding="utf-8").splitlines() if rows_file.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def append_rows(rows_file: Path, rows: list[dict]) -> None:
