@@ -1,4 +1,5 @@
-"""Time both sides from a file to tokenized rows, in turn, without a cache, and write the seconds to OUT as JSON.
+"""Time both sides from a file to tokenized rows, and the tokenizer alone, in turn, without a cache, and write the
+seconds to OUT as JSON.
 
 python perf/prepare.py OUT MODEL FILES ROUNDS     FILES: the rows of each task, as JSON
 """
@@ -59,10 +60,21 @@ def prepare_with_tunebook(task: str, model: str, rows: str, split: str, output_d
     return time.perf_counter() - start
 
 
+def tokenize(task: str, model: str, rows: str, split: str, output_dir: str) -> float:
+    """Seconds of what neither side can leave out: `tokenizers`, on all cores, with the same texts."""
+    lines = datasets.load_dataset("json", data_files=rows, split=split)
+    answers = ("completion",) if task == "sft" else ("chosen", "rejected")
+    texts = [row["prompt"] + row[answer] for row in lines for answer in answers]
+    tokenizer = load_tokenizer(model, distinct_pad=task == "rm").backend_tokenizer
+    start = time.perf_counter()
+    tokenizer.encode_batch(texts)
+    return time.perf_counter() - start
+
+
 def prepare(model: str, files: dict[str, str], rounds: int) -> dict[str, dict[str, list[float]]]:
     """By task and side, the seconds of each round."""
     datasets.disable_progress_bars()
-    sides = {"trl": prepare_with_trl, "tunebook": prepare_with_tunebook}
+    sides = {"trl": prepare_with_trl, "tunebook": prepare_with_tunebook, "tokenizer": tokenize}
     seconds = {task: {name: [] for name in sides} for task in files}
     for split in ["train[:16]"] + ["train"] * rounds:  # what is imported and started late is so the first time
         for task, rows in files.items():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT / "perf"))
 
 import compare  # noqa: E402
 import rows  # noqa: E402
-from compare import TRL, TRL_NO_CHECKPOINTING, TUNEBOOK  # noqa: E402
+from compare import FOUR, TRL, TRL_NO_CHECKPOINTING, TUNEBOOK, TUNEBOOK_NO_CHECKPOINTING  # noqa: E402
 
 
 def run(seconds: list[float], lengths: list[int], padded: int, memory: float, shared: int = 0) -> dict:
@@ -47,13 +47,13 @@ def test_a_summary_has_medians_of_runs_without_their_first_step():
             ],
             TRL_NO_CHECKPOINTING: [run([99, 1, 3], [30, 10], 60, 16.0)],
             TUNEBOOK: [run([99, 1, 1], [30, 10], 60, 4.0, shared=8)],
+            TUNEBOOK_NO_CHECKPOINTING: [run([99, 1, 0.6], [30, 10], 60, 6.0, shared=8)],
         },
     }
     summary = compare.summarize(record, compare.Size(body=100, head=10, attention=0))
-    assert summary["tokens_per_second"] == {TRL: 10.0, TRL_NO_CHECKPOINTING: 20.0, TUNEBOOK: 40.0}
-    assert (summary["speedup"], summary["speedup_without_checkpointing"]) == (4.0, 2.0)
-    assert "memory_ratio_checkpointing" not in summary
-    assert summary["memory_ratio"] == 0.5
+    assert summary["tokens_per_second"] == dict(zip(FOUR, (10.0, 40.0, 20.0, 50.0), strict=True))
+    assert (summary["speedup"], summary["speedup_without_checkpointing"]) == (4.0, 2.5)
+    assert (summary["memory_ratio"], summary["memory_ratio_without_checkpointing"]) == (0.5, 0.375)
     assert summary["padding_efficiency"] == pytest.approx(40 / 60)
     assert summary["shared_tokens"] == pytest.approx(8 / 40)
     # Eight operations a parameter and token: forward, twice that in the backward, and the reference's forward
@@ -97,7 +97,7 @@ def test_both_sides_train_the_same_rows(quick):
     pairs = rows.shared_prompts(2)
     expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in pairs for side in ("chosen", "rejected"))
     runs = quick["cases"]["dpo-shared-prompts"]["runs"]
-    for side in (TRL, TRL_NO_CHECKPOINTING, TUNEBOOK):
+    for side in FOUR:
         (step,) = runs[side][0]["steps"][1:]
         assert sorted(step["lengths"]) == expected
 

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -31,6 +32,7 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import disable_dropout_in_model
 
+from .activation_checkpointing import accept_selective
 from .log_probs import _LinearLogProbs
 from .models import freeze_layers
 
@@ -88,6 +90,7 @@ def estimate(
     peft_config: PeftConfig | None = None,
     num_layers_unfrozen: int | None = None,
     activation_checkpointing: bool = True,
+    activation_checkpointing_kwargs: dict[str, Any] | None = None,
     accumulates: bool = False,
     optim: str = "adamw_torch_fused",
     reference: PreTrainedConfig | None = None,
@@ -113,7 +116,9 @@ def estimate(
     compute = torch.bfloat16 if mixed and (deepspeed or fsdp) else stored
     model = build_model(config, task, compute, peft_config, num_layers_unfrozen).train()
     if activation_checkpointing:
-        model.activation_checkpointing_enable()
+        options = {"offload": False, **(activation_checkpointing_kwargs or {})}
+        arguments = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        model.activation_checkpointing_enable(options, **arguments)
     of_weights, of_gradients, of_states = (shards if sharding.stage >= stage else 1 for stage in (3, 2, 1))
 
     total = sum(p.numel() for p in model.parameters())
@@ -185,6 +190,7 @@ def build_model(
         )
         if num_layers_unfrozen is not None:
             freeze_layers(model, num_layers_unfrozen)
+        accept_selective(model)
         return model if peft_config is None else get_peft_model(model, copy.deepcopy(peft_config))
 
 
@@ -303,13 +309,22 @@ class FusedHead(torch.autograd.Function):
         return tuple(grads)
 
 
+def allocate_attention(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+
+
+# An operation, for selective checkpointing to know it by its name
+flash_attention = torch.library.custom_op("tunebook::flash_attention", allocate_attention, mutates_args=())
+flash_attention.register_fake(allocate_attention)
+
+
 class FusedAttention(torch.autograd.Function):
     """What a flash kernel keeps: query, key, value, output and a number a query; never tokens x tokens."""
 
     @staticmethod
     def forward(ctx, query, key, value, mask):
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, mask, output, query.new_empty(query.shape[:3], dtype=torch.float32))
+        output, log_sum_exp = flash_attention(query)
+        ctx.save_for_backward(query, key, value, mask, output, log_sum_exp)
         return output
 
     @staticmethod

@@ -20,6 +20,7 @@ from trl import get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
+from .activation_checkpointing import accept_selective
 from .recipe import Recipe, RecipeError
 
 logger = logging.getLogger(__name__)
@@ -191,6 +192,7 @@ def load_model(
         model.generation_config.eos_token_id = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
     if model_args.num_layers_unfrozen is not None:
         freeze_layers(model, model_args.num_layers_unfrozen)
+    accept_selective(model)
     return model
 
 

@@ -135,6 +135,7 @@ def settings(recipe: Recipe, config: PreTrainedConfig, device: str = "cpu") -> d
         "peft_config": get_peft_config(model_args),
         "num_layers_unfrozen": model_args.num_layers_unfrozen,
         "activation_checkpointing": args.activation_checkpointing,
+        "activation_checkpointing_kwargs": args.activation_checkpointing_kwargs,
         "accumulates": args.gradient_accumulation_steps > 1,
         "optim": args.optim,
         "reference": reference,
@@ -551,6 +552,8 @@ def first_change(recipe: Recipe, parts: Sequence[Part], sharding: Sharding) -> s
     if sizes["activations"] > sizes["weights"] + sizes["gradients"] + sizes["optimizer"]:
         if not args.activation_checkpointing:
             return "set activation_checkpointing: true."
+        if "selective" in (args.activation_checkpointing_kwargs or {}):
+            return "leave out selective in activation_checkpointing_kwargs."
         if args.per_device_train_batch_size > 1 and not vars(args).get("max_tokens_per_batch"):
             return "set per_device_train_batch_size: 1; global_batch_size keeps the rows of a step."
         return (

@@ -1,0 +1,47 @@
+"""`activation_checkpointing_kwargs: {selective: true}`: a layer keeps what is dear to compute again, and recomputes the
+rest in the backward pass. TRL 1.16 has the key for SFT, where only the output of attention is kept."""
+
+from functools import partial
+from typing import Any
+
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from .recipe import RecipeError
+
+WEIGHT_ARGUMENT = {"aten.mm.default": 1, "aten.addmm.default": 2, "aten._grouped_mm.default": 1}
+
+
+def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Attention is kept, as in TRL, and matrix products, as in torchtitan; not those that are narrower than their
+    input: a layer's last one is never asked for again, and keys and values of grouped heads cost little."""
+    name = str(op)
+    if name in WEIGHT_ARGUMENT:
+        inputs, outputs = args[WEIGHT_ARGUMENT[name]].shape[-2:]
+        keep = outputs >= inputs
+    else:
+        keep = "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def accept_selective(model: PreTrainedModel) -> None:
+    """Let `selective` be among the keywords that checkpointing of `model` is enabled with, whoever enables it: the
+    trainer, or what has disabled it to generate or to score with the reference.
+
+    Raises:
+        RecipeError: when it is enabled, for `selective` with `use_reentrant`.
+    """
+    enable = model._activation_checkpointing_enable
+
+    def enable_selective(options: dict[str, Any] | None = None, *args, **kwargs) -> None:
+        options = {"use_reentrant": False, **(options or {})}
+        if options.pop("selective", False):
+            if options["use_reentrant"]:
+                raise RecipeError(
+                    "`activation_checkpointing_kwargs`: selective needs use_reentrant: false, but it is true (under "
+                    "ZeRO-3 with LoRA, always). Leave out one of them."
+                )
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+        enable(options, *args, **kwargs)
+
+    model._activation_checkpointing_enable = enable_selective

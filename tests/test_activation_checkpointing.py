@@ -1,0 +1,91 @@
+"""Selective checkpointing: the same gradients, nothing dear computed twice, less kept than without checkpointing."""
+
+import pytest
+import torch
+from conftest import assert_same_weights, build_model, launch, options
+from torch.utils.flop_counter import FlopCounterMode
+
+from tunebook.activation_checkpointing import accept_selective
+from tunebook.memory import Batch, estimate
+from tunebook.recipe import RecipeError
+
+LAYERS, HIDDEN, KEYS_AND_VALUES, ROWS, LENGTH = 3, 64, 2 * 32, 2, 48
+SELECTIVE = {"selective": True}
+
+
+def build(checkpointing: dict | None):
+    model = build_model(100, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=LAYERS).train()
+    accept_selective(model)
+    if checkpointing is not None:
+        model.activation_checkpointing_enable(checkpointing)
+    return model
+
+
+def train_once(model) -> int:
+    """Operations of a forward and backward."""
+    ids = torch.arange(ROWS * LENGTH).view(ROWS, LENGTH) % 100
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids).loss.backward()
+    return counter.get_total_flops()
+
+
+def test_gradients_are_those_without_checkpointing_to_the_last_bit():
+    model, expected = build(SELECTIVE), build(None)
+    train_once(model), train_once(expected)
+    for one, other in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(one.grad, other.grad)
+
+
+def test_of_the_products_only_keys_and_values_are_computed_again():
+    without, selective, full = (train_once(build(x)) for x in (None, SELECTIVE, {"selective": False}))
+    assert selective - without == LAYERS * 2 * ROWS * LENGTH * HIDDEN * KEYS_AND_VALUES
+    assert full - without > 5 * (selective - without)
+
+
+def test_it_stays_when_checkpointing_is_turned_off_and_on():
+    model = build(SELECTIVE)
+    expected = train_once(model)
+    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=SELECTIVE)  # as TRL does after it generates
+    assert train_once(model) == expected
+
+
+def test_reentrant_checkpointing_is_refused():
+    with pytest.raises(RecipeError, match="selective needs use_reentrant: false"):
+        build({**SELECTIVE, "use_reentrant": True})
+
+
+def test_the_estimate_of_memory_counts_what_is_kept():
+    def activations(**checkpointing):
+        parts = estimate(config, "sft", Batch(1, 4096, packed=True), device="cpu", **checkpointing)
+        return next(part.bytes for part in parts if part.name == "activations")
+
+    config = build(None).config
+    without, full = activations(activation_checkpointing=False), activations()
+    selective = activations(activation_checkpointing_kwargs=SELECTIVE)
+    # For each token queries, attention's output and its normalizer of each head, output projection, gate and up; in
+    # all layers but the one that is computed again at the peak, which is there as a whole either way
+    kept = 4096 * 4 * (HIDDEN + HIDDEN + 4 + HIDDEN + 128 + 128) * (LAYERS - 1)
+    assert selective - full == pytest.approx(kept, rel=0.01)
+    assert selective < 0.7 * without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, sft_rows, pair_rows, tmp_path):
+    """DPO with LoRA: its reference pass turns checkpointing off and on in each step."""
+    recipe = {
+        "model_name_or_path": str(tiny),
+        "dataset_name": str(sft_rows if task == "sft" else pair_rows),
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "use_peft": task == "dpo",
+        "report_to": "none",
+    }
+    for name, changes in (
+        ("selective", {"activation_checkpointing_kwargs": SELECTIVE}),
+        ("without", {"activation_checkpointing": False}),
+    ):
+        process = launch(task, *options({**recipe, **changes, "output_dir": str(tmp_path / name)}))
+        assert process.returncode == 0, process.stderr
+    assert_same_weights(tmp_path / "selective", tmp_path / "without")
