@@ -32,6 +32,7 @@ import rm  # noqa: E402
 import sft  # noqa: E402
 
 SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo}
+pytestmark = pytest.mark.xdist_group("context_parallel")  # one launch of each fixture, not one a worker
 SIZES = (2, 4)
 MODELS = ("Llama", "Mistral with a window", "Gemma 2, soft-capped", "Qwen3 MoE")
 LONG = ([1 + i % 5 for i in range(30)], [7] * 9 + [3] * 4, [7] * 9)  # over several chunks, and alike beyond the prompt
