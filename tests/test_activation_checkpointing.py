@@ -5,16 +5,20 @@ import torch
 from conftest import assert_same_weights, build_model, launch, options
 from torch.utils.flop_counter import FlopCounterMode
 
+import dpo
+import rm
+import sft
 from tunebook.activation_checkpointing import accept_selective
 from tunebook.memory import Batch, estimate
-from tunebook.recipe import RecipeError
+from tunebook.recipe import RecipeError, parse
 
-LAYERS, HIDDEN, KEYS_AND_VALUES, ROWS, LENGTH = 3, 64, 2 * 32, 2, 48
+SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo}
+LAYERS, HIDDEN, INTERMEDIATE, KEYS_AND_VALUES, ROWS, LENGTH = 3, 64, 128, 2 * 32, 2, 48
 SELECTIVE = {"selective": True}
 
 
 def build(checkpointing: dict | None):
-    model = build_model(100, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=LAYERS).train()
+    model = build_model(100, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=LAYERS).train()
     accept_selective(model)
     if checkpointing is not None:
         model.activation_checkpointing_enable(checkpointing)
@@ -36,10 +40,12 @@ def test_gradients_are_those_without_checkpointing_to_the_last_bit():
         assert torch.equal(one.grad, other.grad)
 
 
-def test_of_the_products_only_keys_and_values_are_computed_again():
+def test_of_the_products_only_those_around_attention_are_computed_again():
     without, selective, full = (train_once(build(x)) for x in (None, SELECTIVE, {"selective": False}))
-    assert selective - without == LAYERS * 2 * ROWS * LENGTH * HIDDEN * KEYS_AND_VALUES
-    assert full - without > 5 * (selective - without)
+    queries_and_output, gate_and_up = 2 * HIDDEN, 2 * INTERMEDIATE
+    again = LAYERS * 2 * ROWS * LENGTH * HIDDEN * (queries_and_output + KEYS_AND_VALUES)
+    assert selective - without == again
+    assert full - without == again + LAYERS * 2 * ROWS * LENGTH * HIDDEN * gate_and_up
 
 
 def test_it_stays_when_checkpointing_is_turned_off_and_on():
@@ -63,11 +69,24 @@ def test_the_estimate_of_memory_counts_what_is_kept():
     config = build(None).config
     without, full = activations(activation_checkpointing=False), activations()
     selective = activations(activation_checkpointing_kwargs=SELECTIVE)
-    # For each token queries, attention's output and its normalizer of each head, output projection, gate and up; in
-    # all layers but the one that is computed again at the peak, which is there as a whole either way
-    kept = 4096 * 4 * (HIDDEN + HIDDEN + 4 + HIDDEN + 128 + 128) * (LAYERS - 1)
+    # For each token attention's output and its normalizer of each head, gate and up; in all layers but the one that is
+    # computed again at the peak, which is there as a whole either way
+    kept = 4096 * 4 * (HIDDEN + 4 + 2 * INTERMEDIATE) * (LAYERS - 1)
     assert selective - full == pytest.approx(kept, rel=0.01)
     assert selective < 0.7 * without
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", SCRIPTS)
+def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, sft_rows, pair_rows, tmp_path):
+    recipe = {
+        "model_name_or_path": str(tiny),
+        "dataset_name": str(sft_rows if task == "sft" else pair_rows),
+        "output_dir": str(tmp_path),
+        "activation_checkpointing_kwargs": {**SELECTIVE, "use_reentrant": True},
+    }
+    with pytest.raises(RecipeError, match="selective.*reentrant"):
+        SCRIPTS[task].main(parse(task, recipe))
 
 
 @pytest.mark.slow

@@ -13,12 +13,12 @@ WEIGHT_ARGUMENT = {"aten.mm.default": 1, "aten.addmm.default": 2, "aten._grouped
 
 
 def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Attention is kept, as in TRL, and matrix products, as in torchtitan; not those that are narrower than their
-    input: a layer's last one is never asked for again, and keys and values of grouped heads cost little."""
+    """Attention is kept, as in TRL, and of the matrix products, which torchtitan keeps, those that are wider than their
+    input: gate and up, half of a Llama's layer. Down, the last, is never asked for again; the rest is a quarter."""
     name = str(op)
     if name in WEIGHT_ARGUMENT:
         inputs, outputs = args[WEIGHT_ARGUMENT[name]].shape[-2:]
-        keep = outputs >= inputs
+        keep = outputs > inputs
     else:
         keep = "attention" in name or "attn" in name
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

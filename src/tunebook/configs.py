@@ -86,7 +86,11 @@ class RunConfig:
 
     # TRL turns checkpointing on under the old name, which transformers 5.23 announces as deprecated in every run
     gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
-    activation_checkpointing: bool | None = key(True, "Recompute activations in the backward pass, to save memory.")
+    activation_checkpointing: bool | None = key(
+        True,
+        "Recompute activations in the backward pass, to save memory. With activation_checkpointing_kwargs: {selective: "
+        "true} only those that are cheap.",
+    )
 
     optim: str = key("adamw_torch_fused", "muon, or one of transformers' optimizers: adamw_torch_fused, adafactor, ...")
     muon_learning_rate: float | None = key(

@@ -1,7 +1,9 @@
 """What the three scripts share: [`prepare`] before the trainer is built, [`fit`] after."""
 
+import ctypes
 import json
 import logging
+import platform
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -191,10 +193,21 @@ def log_resolved(recipe: Recipe) -> None:
     )
 
 
+def keep_freed_memory() -> None:
+    """On a CPU, glibc returns large blocks to the kernel when they are freed, and each step waits for their pages to be
+    mapped and cleared again: 4% to 8% of its time. Keep them instead (mallopt(3))."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
 def fit(trainer, run: Run) -> TrainOutput:
     """Train (or go on), evaluate, and save what is needed to use the model: weights, tokenizer with template,
     generation config, model card, metrics and the trainer's state."""
     args = trainer.args
+    if args.use_cpu:
+        keep_freed_memory()
     show_progress(trainer)
     callbacks = build_callbacks(trainer, **run.following)
     for callback in callbacks:

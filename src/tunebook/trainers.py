@@ -150,7 +150,8 @@ class SFTTrainer(MeasuredSpeed, ExactResume, trl.SFTTrainer):
     """TRL's SFTTrainer; its loss scores the labelled positions only, and packed rows need no flash-attn."""
 
     def __init__(self, *, args, **kwargs):
-        with settled(args, assistant_only_loss=False, chat_template_path=None, eos_token=None, model_init_kwargs=None):
+        settings = dict(assistant_only_loss=False, chat_template_path=None, eos_token=None, model_init_kwargs=None)
+        with as_mistake(), settled(args, **settings):
             super().__init__(args=args, **kwargs)
         with as_mistake():
             pack_causal_lm(self.model, packing=args.packing, context=self.context)
@@ -231,7 +232,7 @@ class RewardTrainer(PackedPairs, trl.RewardTrainer):
 
     def __init__(self, *, args, processing_class, **kwargs):
         collator = SubsetCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
-        with settled(args, chat_template_path=None, eos_token=None, model_init_kwargs=None):
+        with as_mistake(), settled(args, chat_template_path=None, eos_token=None, model_init_kwargs=None):
             super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
         self.evaluated: list[torch.Tensor] = []
         with as_mistake():
@@ -338,7 +339,7 @@ class DPOTrainer(PackedPairs, trl.DPOTrainer):
 
     def __init__(self, *, args, ref_model=None, **kwargs):
         self.patched = False
-        with settled(args, model_init_kwargs=None), offloaded_parameters(args):
+        with as_mistake(), settled(args, model_init_kwargs=None), offloaded_parameters(args):
             super().__init__(args=args, ref_model=ref_model, **kwargs)
         self._patch_forwards()
         self.settle_objective()
