@@ -336,10 +336,12 @@ def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     torch.ones(2**26)  # 256 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-once = faults(), faults()
+returned = faults(), faults()
 tunebook.run.keep_freed_memory()
-print(*once, faults(), faults())
+# glibc may keep the few bytes that pad an aligned block out of its neighbours, some 10 times until its cache is full
+kept = [faults() for _ in range(60)][-10:]
+print(min(returned), max(kept))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    first, second, third, fourth = map(int, done.stdout.splitlines()[-1].split())
-    assert min(first, second, third) > 100 * max(fourth, 1)
+    returned, kept = map(int, done.stdout.splitlines()[-1].split())
+    assert returned > 100 * max(kept, 1)
