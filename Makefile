@@ -37,7 +37,7 @@ slurm: install  ## make slurm TASK=sft RECIPE=recipes/... NODES=2 ACCELERATE=zer
 	PATH="$(CURDIR)/$(BIN):$$PATH" sbatch --nodes $(NODES) launch/train.slurm $(ACCELERATE) $(TASK) --config $(RECIPE) $(ARGS)
 
 test: install  ## the whole suite: offline, no GPU
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --durations 15
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 
 lint: install  ## check style; changes nothing
 	$(BIN)/ruff check .

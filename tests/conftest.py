@@ -121,7 +121,7 @@ def free_port() -> int:
 
 
 def launch_command(script: str, *arguments, config: str = "cpu", processes: int = 1, **flags) -> list[str]:
-    """`accelerate launch src/SCRIPT.py ARGUMENTS` as a user would write it; `flags` are the launcher's."""
+    """`accelerate launch SCRIPT ARGUMENTS` as a user would write it; `flags` are the launcher's."""
     command = [
         sys.executable,
         "-m",
@@ -131,13 +131,22 @@ def launch_command(script: str, *arguments, config: str = "cpu", processes: int 
     ]
     flags = {"num_processes": processes, "main_process_port": free_port(), **flags}
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
-    return [*command, f"src/{script}.py", *map(str, arguments)]
+    return [*command, script, *map(str, arguments)]
 
 
 def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, timeout: int = 300, **popen):
     """Runs [`launch_command`]; returns the finished process."""
     command = launch_command(script, *arguments, config=config, processes=processes)
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **popen)
+
+
+def launch_runs(runs: list[tuple[str, dict]], config: str, processes: int) -> subprocess.CompletedProcess:
+    """Runs of a task and its recipe, one after the other in the same processes, which take half a minute to start."""
+    path = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+    arguments = {"config": config, "processes": processes, "timeout": 600, "env": {**os.environ, "PYTHONPATH": path}}
+    done = launch("tests/runs.py", json.dumps(runs), **arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from conftest import assert_same_weights, build_model, launch, options
+from conftest import assert_same_weights, build_model
 from torch.utils.flop_counter import FlopCounterMode
 
-import dpo
-import rm
-import sft
+from tunebook import run_script
 from tunebook.activation_checkpointing import accept_selective
 from tunebook.memory import Batch, estimate
-from tunebook.recipe import RecipeError, parse
+from tunebook.recipe import TASKS, RecipeError
 
-SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo}
 LAYERS, HIDDEN, INTERMEDIATE, KEYS_AND_VALUES, ROWS, LENGTH = 3, 64, 128, 2 * 32, 2, 48
 SELECTIVE = {"selective": True}
 
@@ -77,7 +74,7 @@ def test_the_estimate_of_memory_counts_what_is_kept():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("task", SCRIPTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, sft_rows, pair_rows, tmp_path):
     recipe = {
         "model_name_or_path": str(tiny),
@@ -86,7 +83,7 @@ def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, sft_rows, pair_rows, 
         "activation_checkpointing_kwargs": {**SELECTIVE, "use_reentrant": True},
     }
     with pytest.raises(RecipeError, match="selective.*reentrant"):
-        SCRIPTS[task].main(parse(task, recipe))
+        run_script(task, recipe)
 
 
 @pytest.mark.slow
@@ -105,6 +102,5 @@ def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, sf
         ("selective", {"activation_checkpointing_kwargs": SELECTIVE}),
         ("without", {"activation_checkpointing": False}),
     ):
-        process = launch(task, *options({**recipe, **changes, "output_dir": str(tmp_path / name)}))
-        assert process.returncode == 0, process.stderr
+        run_script(task, {**recipe, **changes, "output_dir": str(tmp_path / name)})
     assert_same_weights(tmp_path / "selective", tmp_path / "without")

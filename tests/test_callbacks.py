@@ -5,7 +5,6 @@ This file is also the script that the distributed test launches: tests/test_call
 """
 
 import os
-import subprocess
 import sys
 import time
 from functools import partial
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import ROOT
+from conftest import launch
 from datasets import Dataset
 from hub_server import HubServer
 from huggingface_hub import HfApi
@@ -331,9 +330,7 @@ class TestBestModel:
 
     @pytest.mark.slow
     def test_is_chosen_alike_by_two_processes_that_share_the_weights(self, tiny, tmp_path):
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-        command += [f"--config_file={ROOT}/configs/accelerate/zero3.yaml", __file__, str(tiny), str(tmp_path)]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=240)
+        run = launch(__file__, tiny, tmp_path, config="zero3", processes=2)
         assert run.returncode == 0, run.stderr[-3000:]
         assert {path.read_text() for path in tmp_path.glob("best-*")} == {"2 0.75"}
         assert len(list(tmp_path.glob("best-*"))) == 2

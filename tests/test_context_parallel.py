@@ -3,16 +3,13 @@
 import copy
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import accelerate
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, free_port
+from conftest import launch_runs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -21,18 +18,12 @@ from test_packing import FIELDS, assert_same_gradients, batches, build, collate
 from trl.trainer.utils import add_fused_lm_head
 
 import tunebook.configs
+from tunebook import run_script
 from tunebook.context_parallel import ContextGroup
 from tunebook.packing import pack_causal_lm, pack_reward_model, pack_rows
-from tunebook.recipe import RecipeError, parse
-from tunebook.run import prepare  # noqa: E402
+from tunebook.recipe import TASKS, RecipeError, parse
+from tunebook.run import prepare
 
-sys.path.insert(0, str(ROOT / "src"))
-import dpo  # noqa: E402
-import rm  # noqa: E402
-import sft  # noqa: E402
-
-SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo}
-pytestmark = pytest.mark.xdist_group("context_parallel")  # one launch of each fixture, not one a worker
 SIZES = (2, 4)
 MODELS = ("Llama", "Mistral with a window", "Gemma 2, soft-capped", "Qwen3 MoE")
 LONG = ([1 + i % 5 for i in range(30)], [7] * 9 + [3] * 4, [7] * 9)  # over several chunks, and alike beyond the prompt
@@ -243,9 +234,10 @@ RESUMED = "resumed dpo"
 SHARED = {"context_parallel_size": 2, "context_parallel_head_stride": 1}
 
 
-def run_script(name: str, folder: Path, output_dir: Path, **changes) -> None:
+def named(name: str, folder: Path, output_dir: Path, **changes) -> tuple[str, dict]:
+    """Task and recipe of a run of `RUNS`."""
     task, keys = RUNS.get(name, ("dpo", {}))
-    SCRIPTS[task].main(parse(task, recipe(task, folder, output_dir / name, **keys, **changes)))
+    return task, recipe(task, folder, output_dir / name, **keys, **changes)
 
 
 @pytest.fixture(scope="module")
@@ -254,24 +246,15 @@ def folder(tiny, sft_rows, pair_rows, tmp_path_factory) -> Path:
     for path, name in ((tiny, "tiny"), (sft_rows, "sft.jsonl"), (pair_rows, "pairs.jsonl")):
         (folder / name).symlink_to(path)
     for name in RUNS:
-        run_script(name, folder, folder / "one")
+        run_script(*named(name, folder, folder / "one"))
     return folder
-
-
-def launch_runs(strategy: str, processes: int, folder: Path, output_dir: Path, *names: str) -> None:
-    """The runs, one after the other, in the same processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
-    command += ["--main_process_port", str(free_port()), "--config_file", f"configs/accelerate/{strategy}.yaml"]
-    command += [__file__, str(folder), str(output_dir), *names]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
 def shared(folder):
     """All runs, and one that goes on from one process's checkpoint, by a group of two processes under DDP."""
     shutil.copytree(folder / "one" / "dpo" / "checkpoint-2", folder / "shared" / RESUMED / "checkpoint-2")
-    launch_runs("ddp", 2, folder, folder / "shared", *RUNS, RESUMED)
+    launch_runs([named(name, folder, folder / "shared", **SHARED) for name in (*RUNS, RESUMED)], "ddp", processes=2)
     return folder
 
 
@@ -308,7 +291,7 @@ def test_a_group_goes_on_from_the_checkpoint_of_one_process(shared):
 @pytest.mark.slow
 def test_two_groups_that_share_the_weights_train_what_one_process_does(folder):
     """ZeRO-3 with four processes; what depends on how rows are cut into micro-batches is left out."""
-    launch_runs("zero3", 4, folder, folder / "zero3", "dpo")
+    launch_runs([named("dpo", folder, folder / "zero3", **SHARED)], "zero3", processes=4)
     means = ("entropy", "accurac", "logits", "epoch", "eval")
     assert_same_run(folder / "zero3" / "dpo", folder / "one" / "dpo", but=means)
 
@@ -319,7 +302,7 @@ def test_two_groups_that_share_the_weights_train_what_one_process_does(folder):
 KEYS = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "max_length": 64}
 
 
-@pytest.mark.parametrize("task", SCRIPTS)
+@pytest.mark.parametrize("task", TASKS)
 def test_rows_that_are_not_packed_are_refused(task):
     with pytest.raises(RecipeError, match="context_parallel_size.*Set packing: true"):
         parse(task, KEYS | {"context_parallel_size": 2})
@@ -353,11 +336,3 @@ def test_rotary_embeddings_of_the_longest_document_are_refused(rope):
     model.config.rope_parameters["rope_type"] = rope
     with pytest.raises(ValueError, match="context_parallel_size.*dynamic, longrope"):
         pack_causal_lm(model, context=ContextGroup(None))
-
-
-if __name__ == "__main__":
-    folder, output_dir, *names = sys.argv[1:]
-    accelerate.Accelerator.end_training = lambda self: None  # would end the processes' group after the first run
-    for name in names:
-        run_script(name, Path(folder), Path(output_dir), **SHARED)
-    accelerate.PartialState().destroy_process_group()

@@ -4,16 +4,14 @@ This file is also the script that the distributed tests launch: tests/test_gener
 """
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, launch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -37,7 +35,6 @@ from tunebook.generations import (
     trim,
 )
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "accelerate"
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 PROMPTS = ["Question: What is 1 + 2?\nAnswer:", "Question", "3 is the answer to"]
 
@@ -235,11 +232,7 @@ class TestTraining:
 @pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "arguments"), [("ddp", {}), ("zero3", {"use_cpu": False})], ids=["ddp", "zero3"])
 def test_two_processes_generate_what_one_does_and_train_as_without(model, tmp_path, strategy, arguments):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes=2", "--main_process_port=0"]
-    command += [f"--config_file={CONFIGS / strategy}.yaml", __file__, str(model), str(tmp_path), json.dumps(arguments)]
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    # DeepSpeed compiles an operator the first time, for a minute.
-    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    run = launch(__file__, model, tmp_path, json.dumps(arguments), config=strategy, processes=2)
     assert run.returncode == 0, run.stderr[-3000:]
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("with", "without")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

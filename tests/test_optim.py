@@ -270,7 +270,7 @@ def zero(tiny, sft_rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("zero")
     same = {"max_steps": 3, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
     recipe = keys(tiny, sft_rows, folder / "sharded", per_device_train_batch_size=2, **same)
-    sharded = launch("sft", *options(recipe), config="zero2", processes=2)
+    sharded = launch("src/sft.py", *options(recipe), config="zero2", processes=2)
     assert sharded.returncode == 0, sharded.stderr
     with patch("torch.optim._muon._zeropower_via_newtonschulz", lambda gradient, *_: newton_schulz(gradient)):
         train(tiny, sft_rows, folder / "whole", **same)

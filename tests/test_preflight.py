@@ -243,7 +243,7 @@ def test_the_command_takes_overrides_and_finds_task_and_sharding(tiny, sft_rows,
 @pytest.mark.slow
 def test_dry_run_checks_from_the_script_and_writes_nothing(tiny, sft_rows, tmp_path):
     keys = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows), "output_dir": str(tmp_path / "out")}
-    run = launch("sft", *options(keys | {"learning_rate": 2e-5, "bf16": False, "dry_run": True}))
+    run = launch("src/sft.py", *options(keys | {"learning_rate": 2e-5, "bf16": False, "dry_run": True}))
     assert run.returncode == 0, run.stderr
     assert "Nothing to warn of" in run.stdout
     assert not (tmp_path / "out").exists()

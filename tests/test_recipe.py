@@ -199,7 +199,7 @@ def test_every_accelerate_config_loads(path):
 
 @pytest.mark.slow
 def test_two_processes_say_it_once_without_a_traceback_of_ours(tmp_path):
-    done = launch("sft", "--learning_rte", "1", "--output_dir", tmp_path / "o", config="ddp", processes=2)
+    done = launch("src/sft.py", "--learning_rte", "1", "--output_dir", tmp_path / "o", config="ddp", processes=2)
     assert done.returncode != 0
     assert done.stderr.count("error: `learning_rte` is not a key. Did you mean learning_rate") == 1
     assert "tunebook/recipe.py" not in done.stderr  # the launcher reports in its own way that a process ended

@@ -334,7 +334,7 @@ def test_what_a_step_frees_is_there_for_the_next_without_page_faults():
 import resource, torch, tunebook.run
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**26)  # 256 MiB
+    torch.ones(2**24)  # 64 MiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 returned = faults(), faults()
 tunebook.run.keep_freed_memory()

@@ -1,22 +1,15 @@
 """Each task under DDP, ZeRO-2 and ZeRO-3 with two processes (gloo), against one process with the same global batch."""
 
 import json
-import shutil
-import sys
 
 import pytest
-from conftest import ROOT, launch, options
+from conftest import launch_runs
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tunebook.recipe import parse
-
-sys.path.insert(0, str(ROOT / "src"))
-import dpo  # noqa: E402
-import rm  # noqa: E402
-import sft  # noqa: E402
+from tunebook import run_script
+from tunebook.recipe import TASKS
 
 pytestmark = pytest.mark.slow
-SCRIPTS = {"sft": sft, "rm": rm, "dpo": dpo}
 HEADS = {"sft": AutoModelForCausalLM, "rm": AutoModelForSequenceClassification, "dpo": AutoModelForCausalLM}
 
 
@@ -42,42 +35,46 @@ def recipe(task, tiny, rows, output_dir) -> dict:
 
 
 @pytest.fixture(scope="module")
-def one_process(tiny, sft_rows, pair_rows, tmp_path_factory):
-    """History of a run of each task on one process."""
-    folder, rows = tmp_path_factory.mktemp("one"), {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}
-    trainers = {
-        task: script.main(parse(task, recipe(task, tiny, rows[task], folder / task)))
-        for task, script in SCRIPTS.items()
-    }
-    return rows, {task: trainer.state.log_history for task, trainer in trainers.items()}
+def recipes(tiny, sft_rows, pair_rows):
+    """Recipes of all tasks by their output folder."""
+    rows = {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}
+    return lambda folder: {task: recipe(task, tiny, rows[task], folder / task) for task in TASKS}
 
 
-def history(folder) -> list[dict]:
-    return json.loads((folder / "trainer_state.json").read_text())["log_history"]
+@pytest.fixture(scope="module")
+def one_process(recipes, tmp_path_factory):
+    """Folder of the runs of one process."""
+    folder = tmp_path_factory.mktemp("one")
+    for task, keys in recipes(folder).items():
+        run_script(task, keys)
+    return folder
 
 
-def metrics(log, *names):
-    return [entry[name] for entry in log for name in names if name in entry]
+@pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
+def two_processes(request, recipes, tmp_path_factory):
+    """Folder of the runs of two processes, and of one more that goes on from a checkpoint of the first."""
+    folder = tmp_path_factory.mktemp(request.param)
+    runs = recipes(folder)
+    resumed = {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")}
+    launch_runs([*runs.items(), ("sft", runs["sft"] | resumed)], config=request.param, processes=2)
+    return folder
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "zero2", "zero3"])
-@pytest.mark.parametrize("task", SCRIPTS)
-def test_two_processes_equal_one(task, strategy, one_process, tiny, tmp_path):
-    rows, expected = one_process
-    keys = recipe(task, tiny, rows[task], tmp_path / "o")
-    done = launch(task, *options(keys), config=strategy, processes=2)
-    assert done.returncode == 0, done.stderr[-3000:]
-    log = history(tmp_path / "o")
+def metrics(folder, name) -> list[float]:
+    log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    log.append(json.loads((folder / "eval_results.json").read_text()))
+    return [entry[name] for entry in log if name in entry]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_two_processes_equal_one(task, one_process, two_processes):
     names = {"rm": ["accuracy", "margin"], "dpo": ["rewards/accuracies", "logps/chosen"]}
-    for name in ["loss", "grad_norm", *names.get(task, [])]:
-        assert metrics(log, name) == pytest.approx(metrics(expected[task], name), abs=1e-4, rel=1e-4), name
-    evaluated = json.loads((tmp_path / "o" / "eval_results.json").read_text())["eval_loss"]
-    assert evaluated == pytest.approx(metrics(expected[task], "eval_loss")[-1], rel=1e-4)
-    HEADS[task].from_pretrained(tmp_path / "o" / "checkpoint-4")
+    for name in ["loss", "grad_norm", "eval_loss", *names.get(task, [])]:
+        expected = metrics(one_process / task, name)
+        assert expected and metrics(two_processes / task, name) == pytest.approx(expected, abs=1e-4, rel=1e-4), name
+    HEADS[task].from_pretrained(two_processes / task / "checkpoint-4")
 
-    if strategy == "zero3" and task == "sft":
-        shutil.rmtree(tmp_path / "o" / "checkpoint-4")
-        done = launch(task, *options(keys), config=strategy, processes=2)
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert "checkpoint-2" in done.stderr
-        assert metrics(history(tmp_path / "o"), "loss") == pytest.approx(metrics(log, "loss"), rel=1e-6)
+
+def test_two_processes_go_on_from_their_checkpoint(two_processes):
+    assert not (two_processes / "resumed" / "checkpoint-2").exists()
+    assert metrics(two_processes / "resumed", "loss") == pytest.approx(metrics(two_processes / "sft", "loss"), rel=1e-6)

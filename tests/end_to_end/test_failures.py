@@ -89,7 +89,7 @@ def test_a_model_that_cannot_be_saved_is_said_in_one_message_and_saved_by_the_sa
     size = pages(uninterrupted / "checkpoint-4")
     folder = small_disk(int(size * 1.15) + 8 * PAGE)
     keys = {**recipe(tiny, sft_rows, folder), "save_steps": 4}
-    done = launch("sft", *options(keys))
+    done = launch("src/sft.py", *options(keys))
     ours = done.stderr.partition("error: The model could not be saved")[2]
     assert done.returncode == 1 and "checkpoint-4 is whole" in ours and not (folder / "model.safetensors").exists()
     assert "Traceback" not in done.stderr.partition("error: ")[0]

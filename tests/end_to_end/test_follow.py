@@ -48,7 +48,7 @@ def test_a_slow_hub_gets_three_revisions_with_scores_and_generations(tiny, sft_r
     with HubServer() as hub:
         hub.delay("/preupload/", 0.4)
         env = environment(hub.url, tmp_path)
-        done = launch("sft", *options(recipe(tiny, sft_rows, tmp_path / "o")), env=env)
+        done = launch("src/sft.py", *options(recipe(tiny, sft_rows, tmp_path / "o")), env=env)
         assert done.returncode == 0, done.stderr[-4000:]
         load = (
             "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
@@ -72,7 +72,7 @@ def test_a_hub_that_is_down_stops_nothing_and_the_run_says_what_to_push(tiny, sf
     for name in [name for name in keys if name.startswith(("eval_", "bench", "test_"))]:
         del keys[name]
     env = environment(url, tmp_path)
-    done = launch("sft", *options(keys), env=env)
+    done = launch("src/sft.py", *options(keys), env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "v1-step-000000002" in done.stderr and f"tunebook push {tmp_path / 'o'}" in done.stderr
     with HubServer() as hub:

@@ -47,7 +47,7 @@ def rank_process(launcher: subprocess.Popen) -> psutil.Process:
 def uninterrupted(tiny, sft_rows, tmp_path_factory):
     """Output folder of a run of two processes on one host."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = launch("sft", *options(recipe(tiny, sft_rows, folder)), config="zero3", processes=2)
+    done = launch("src/sft.py", *options(recipe(tiny, sft_rows, folder)), config="zero3", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -79,7 +79,7 @@ def start_on(hosts, keys, log_folder) -> list[subprocess.Popen]:
     launchers = []
     for rank, host in enumerate(hosts):
         flags = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "10.77.0.1", "main_process_port": 29500}
-        command = launch_command("sft", *options(keys), config="zero3", processes=2, **flags)
+        command = launch_command("src/sft.py", *options(keys), config="zero3", processes=2, **flags)
         launchers.append(
             subprocess.Popen(
                 ["ip", "netns", "exec", host, *command],
