@@ -11,6 +11,7 @@ tunebook computes nothing again where that takes no more memory than TRL, else t
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -30,11 +32,13 @@ import rows
 import torch
 import torch.nn.functional as F
 import yaml
+from datasets import Dataset
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from trl import pack_dataset
 
 from tunebook.quickstart import materialize
 
@@ -58,7 +62,7 @@ class Case:
     model: str
     rows: str  # a function of rows.py
     batch: int
-    steps: int  # timed; one more comes before them
+    steps: int  # timed: an epoch
     sides: tuple[str, ...]
     selective: bool = False  # checkpointing of tunebook's side, where it would else take more memory than TRL's
 
@@ -136,16 +140,16 @@ class Bench:
         return records
 
     def set_up(self, case: Case) -> dict[str, Any]:
-        batch, steps = (2, 1) if self.quick else (case.batch, case.steps)
+        batch, steps = (2, case.steps) if self.quick else (case.batch, case.steps)
         drawn = self.draw_rows(case.rows, batch * steps)
         ours = rows.write(drawn, self.new_path())
-        # TRL takes its rows as they stand, the short ones in the step that is not timed. Batches of packed pairs are
-        # balanced, and rows of SFT packed: there the step that is not timed is one of the same rows.
+        # TRL takes its rows as they stand, the short ones in a step that is not timed. Batches of packed pairs are
+        # balanced, and rows of SFT packed: there all rows come in an epoch that is not timed.
         theirs = rows.write(rows.short(batch, drawn[0]) + drawn, self.new_path()).parent
-        common = {"max_steps": steps + 1, "per_device_train_batch_size": batch, "bf16": False, "use_cpu": True}
+        common = {"per_device_train_batch_size": batch, "bf16": False, "use_cpu": True}
         common |= {"save_strategy": "no", "report_to": "none"}
-        trl = {**common, "train_sampling_strategy": "sequential"}
-        tunebook = {**common, "packing": True}
+        trl = {**common, "max_steps": 1 + steps, "train_sampling_strategy": "sequential"}
+        tunebook = {**common, "max_steps": 2 * steps, "packing": True}
         if case.task == "sft":
             length = packed_length(drawn, self.models[case.model], steps)
             tunebook |= {"per_device_train_batch_size": 1, "max_length": length}
@@ -183,6 +187,7 @@ class Bench:
             start = time.monotonic()
             run = self.run("measure.py", "train", *arguments)
             run["seconds"] = time.monotonic() - start
+            run["steps"] = run["steps"][-case.steps :]
             record["runs"][side].append(run)
             self.console.log(f"{case.name}, {side}: {rate(run):,.0f} tokens/s")
 
@@ -211,16 +216,20 @@ class Bench:
         runs = self.run("measure.py", "scale", ROOT / SCRIPTS["sft"][1], *recipes)
         self.console.log("scaling is measured")
         return [
-            {"length": length, "batch": batch, "seconds": [step["seconds"] for step in timed(run)]}
+            {"length": length, "batch": batch, "seconds": [step["seconds"] for step in run["steps"][1:]]}
             for (length, batch), run in zip(shapes, runs, strict=True)
         ]
 
 
 def packed_length(drawn: rows.Rows, model: Path, steps: int) -> int:
-    """Of a packed row, so that `steps` of them hold all rows: as many tokens as a padded batch has on average."""
+    """Of a packed row, so that `steps` of them hold all rows."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lengths = [len(ids) + 1 for ids in tokenizer([row["prompt"] + row["completion"] for row in drawn])["input_ids"]]
-    return max(*lengths, round(1.02 * sum(lengths) / steps))
+    tokens = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in drawn])["input_ids"]
+    lengths = list(map(len, tokens))
+    length = max(*lengths, math.ceil(sum(lengths) / steps))
+    while len(pack_dataset(Dataset.from_dict({"input_ids": tokens}), length, "bfd")) > steps:
+        length = math.ceil(1.01 * length)
+    return length
 
 
 def matmul_rate(model: Path, tokens: int = 2048) -> float:
@@ -275,26 +284,22 @@ def operations(task: str, size: Size, lengths: np.ndarray, shared: np.ndarray, s
     return float(forward * (4 if task == "dpo" else 3))
 
 
-def timed(run: dict[str, Any]) -> list[dict[str, Any]]:
-    return run["steps"][1:]
-
-
 def total(steps: list[dict[str, Any]], name: str) -> float:
     return float(sum(np.sum(step[name]) for step in steps))
 
 
 def rate(run: dict[str, Any]) -> float:
     """Tokens a second: those of the rows, without padding, and the prompt in both sides of a pair."""
-    return total(timed(run), "lengths") / total(timed(run), "seconds")
+    return total(run["steps"], "lengths") / total(run["steps"], "seconds")
 
 
 def operation_rate(run: dict[str, Any], task: str, size: Size, shares: bool, six_n: bool = False) -> float:
     """Needed operations a second; with `six_n`, as if the LM head scored every token, as the rule of 6N counts."""
     needed = 0.0
-    for step in timed(run):
+    for step in run["steps"]:
         lengths, shared = np.array(step["lengths"]), np.array(step["shared"]) * shares
         needed += operations(task, size, lengths, shared, lengths.sum() if six_n else step["scored"])
-    return needed / total(timed(run), "seconds")
+    return needed / total(run["steps"], "seconds")
 
 
 def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
@@ -303,7 +308,7 @@ def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
     matmul = median(record["matmul_rates"])
     tokens_per_second = {side: median(map(rate, of_side)) for side, of_side in runs.items()}
     peak_memory = {side: median(run["peak_memory"] for run in of_side) for side, of_side in runs.items()}
-    padded, packed = ([step for run in runs[side] for step in timed(run)] for side in PAIR)
+    padded, packed = ([step for run in runs[side] for step in run["steps"]] for side in PAIR)
     summary = {
         "tokens_per_second": tokens_per_second,
         "speedup": tokens_per_second[TUNEBOOK] / tokens_per_second[TRL],
@@ -327,6 +332,11 @@ def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
         six_n = [operation_rate(run, task, size, shares=True, six_n=True) for run in runs[TUNEBOOK]]
         summary["matmul_share_6n"] = median(six_n) / matmul
     return summary
+
+
+def summarize_cases(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    sizes = {name: Size(**size) for name, size in results["models"].items()}
+    return {name: summarize(record, sizes[record["case"]["model"]]) for name, record in results["cases"].items()}
 
 
 def preparation_rates(prepared: dict[str, Any]) -> dict[str, float]:
@@ -359,10 +369,10 @@ class Sheet:
 
 def sheets(results: dict[str, Any]) -> list[Sheet]:
     """All tables, of what was measured."""
-    cases = results["summary"]
+    cases = summarize_cases(results)
     tables = []
     if cases:
-        tables += [speed_sheet(results), memory_sheet(cases), efficiency_sheet(cases)]
+        tables += [speed_sheet(results, cases), memory_sheet(cases), efficiency_sheet(cases)]
     if prepared := results["preparation"]:
         tables.append(preparation_sheet(prepared))
     if results["scaling"]:
@@ -372,9 +382,9 @@ def sheets(results: dict[str, Any]) -> list[Sheet]:
     return tables
 
 
-def speed_sheet(results: dict[str, Any]) -> Sheet:
+def speed_sheet(results: dict[str, Any], cases: dict[str, Any]) -> Sheet:
     lines = []
-    for name, summary in results["summary"].items():
+    for name, summary in cases.items():
         case, tokens = results["cases"][name]["case"], summary["tokens_per_second"]
         lines.append(
             (
@@ -473,7 +483,7 @@ def draw(results: dict[str, Any], file: Path) -> None:
     """Left: tokens a second, TRL = 1. Right: seconds of a step by its tokens."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
-    cases = results["summary"]
+    cases = summarize_cases(results)
     places = np.arange(len(cases))
     for i, side in enumerate((TRL, TRL_NO_CHECKPOINTING, TUNEBOOK)):
         rates = [summary["tokens_per_second"] for summary in cases.values()]
@@ -503,14 +513,14 @@ def draw(results: dict[str, Any], file: Path) -> None:
     figure.savefig(file, dpi=130)
 
 
-def write_tables(text: str, folder: Path = RESULTS) -> str:
-    """A page with the tables of perf/results/NAME.json after each <!-- results: NAME -->."""
+def write_tables(text: str, kind: str, sheets: Callable[[dict[str, Any]], list[Sheet]]) -> str:
+    """A page with the `sheets` of perf/results/NAME.json after each <!-- KIND: NAME -->."""
 
     def tables(match: re.Match) -> str:
-        results = json.loads((folder / f"{match[2]}.json").read_text())
+        results = json.loads((RESULTS / f"{match[2]}.json").read_text())
         return match[1] + "\n" + "\n".join(sheet.markdown() for sheet in sheets(results)) + "\n" + match[3]
 
-    return re.sub(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", tables, text, flags=re.DOTALL)
+    return re.sub(rf"(<!-- {kind}: (\S+) -->\n).*?(<!-- end of {kind} -->)", tables, text, flags=re.DOTALL)
 
 
 # ---- The machine and the command -----------------------------------------------------------------------------------
@@ -547,17 +557,15 @@ def measure(arguments: argparse.Namespace, command: str, folder: Path) -> dict[s
     prepared = bench.prepare() if "preparation" in chosen else {}
     scaling = bench.scale() if "scaling" in chosen else []
     cases = bench.compare([case for case in CASES if case.name in chosen])
-    sizes = {name: Size.of(model) for name, model in models.items()}
     return {
         "machine": describe_machine(),
         "command": command,
         "rows": "GSM8K" if arguments.gsm8k else "words, in the lengths of GSM8K",
         "versions": {name: version(name) for name in PACKAGES},
-        "models": {name: asdict(size) for name, size in sizes.items()},
+        "models": {name: asdict(Size.of(model)) for name, model in models.items()},
         "cases": cases,
         "preparation": prepared,
         "scaling": scaling,
-        "summary": {name: summarize(record, sizes[record["case"]["model"]]) for name, record in cases.items()},
     }
 
 
@@ -587,7 +595,7 @@ def main(argv: list[str]) -> None:
             file.write_text(json.dumps(results, indent=1) + "\n")
             draw(results, file.with_suffix(".png"))
     if everything or arguments.docs:
-        DOCS.write_text(write_tables(DOCS.read_text()))
+        DOCS.write_text(write_tables(DOCS.read_text(), "results", sheets))
 
 
 if __name__ == "__main__":

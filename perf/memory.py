@@ -3,13 +3,12 @@
 python perf/memory.py          every case; writes perf/results/memory-<machine>.json and the table of docs/preflight.md
 python perf/memory.py --docs   the table again, from perf/results
 
-A run is a process of its own, with glibc's defaults; its memory is the most that it ever had (getrusage, ru_maxrss).
+A run is a process of its own; its memory is the most that it ever had (getrusage, ru_maxrss).
 """
 
 import argparse
 import itertools
 import json
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +20,7 @@ from typing import Any
 
 import rows
 import yaml
-from compare import PACKAGES, RESULTS, ROOT, SCRIPTS, Sheet, describe_machine
+from compare import PACKAGES, RESULTS, ROOT, SCRIPTS, Sheet, describe_machine, write_tables
 from rich.console import Console
 from transformers import AutoConfig, LlamaConfig
 
@@ -121,16 +120,6 @@ def sheet(results: dict[str, Any]) -> Sheet:
     return Sheet(f"{results['machine']['cpu']}, float32", header, lines)
 
 
-def write_table(text: str, folder: Path = RESULTS) -> str:
-    """The page with the table of perf/results/memory-NAME.json after each <!-- memory: NAME -->."""
-
-    def table(match: re.Match) -> str:
-        results = json.loads((folder / f"memory-{match[2]}.json").read_text())
-        return f"{match[1]}\n{sheet(results).markdown()}\n{match[3]}"
-
-    return re.sub(r"(<!-- memory: (\S+) -->\n).*?(<!-- end of memory -->)", table, text, flags=re.DOTALL)
-
-
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
@@ -142,7 +131,7 @@ def main(argv: list[str]) -> None:
         file = RESULTS / f"memory-{results['machine']['name']}.json"
         file.write_text(json.dumps(results, indent=1) + "\n")
         Console(width=140).print(sheet(results).table())
-    DOCS.write_text(write_table(DOCS.read_text()))
+    DOCS.write_text(write_tables(DOCS.read_text(), "memory", lambda results: [sheet(results)]))
 
 
 if __name__ == "__main__":

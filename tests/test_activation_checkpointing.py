@@ -4,9 +4,10 @@ import pytest
 import torch
 from conftest import assert_same_weights, build_model
 from torch.utils.flop_counter import FlopCounterMode
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from tunebook import run_script
-from tunebook.activation_checkpointing import accept_selective
+from tunebook.activation_checkpointing import accept_selective, keep_products
 from tunebook.memory import Batch, estimate
 from tunebook.recipe import TASKS, RecipeError
 
@@ -89,7 +90,7 @@ def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, sft_rows, pair_rows, 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, sft_rows, pair_rows, tmp_path):
-    """DPO with LoRA: its reference pass turns checkpointing off and on in each step."""
+    """One layer in two. DPO with LoRA: its reference pass turns checkpointing off and on in each step."""
     recipe = {
         "model_name_or_path": str(tiny),
         "dataset_name": str(sft_rows if task == "sft" else pair_rows),
@@ -98,9 +99,11 @@ def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, sf
         "use_peft": task == "dpo",
         "report_to": "none",
     }
-    for name, changes in (
-        ("selective", {"activation_checkpointing_kwargs": SELECTIVE}),
-        ("without", {"activation_checkpointing": False}),
-    ):
-        run_script(task, {**recipe, **changes, "output_dir": str(tmp_path / name)})
+    checkpointing = {"activation_checkpointing_kwargs": {**SELECTIVE, "every_n_layers": 2}}
+    trainer = run_script(task, {**recipe, **checkpointing, "output_dir": str(tmp_path / "selective")})
+    layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    assert [layer.gradient_checkpointing for layer in layers] == [True, False]
+    assert layers[0]._gradient_checkpointing_func.keywords["context_fn"].args == (keep_products,)
+
+    run_script(task, {**recipe, "activation_checkpointing": False, "output_dir": str(tmp_path / "without")})
     assert_same_weights(tmp_path / "selective", tmp_path / "without")

@@ -192,6 +192,12 @@ REFUSED = {
         dict(attention_dropout=0.1),
         "attention_dropout of 0.1",
     ),
+    "attention dropout by another name": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        dict(n_head=2, n_layer=1),
+        "attn_pdrop of 0.1",
+    ),
 }
 
 

@@ -146,7 +146,7 @@ MEASURED = sorted(memory.RESULTS.glob("memory-*.json"))
 
 @pytest.fixture(scope="module")
 def sheets() -> dict:
-    return {path.stem.removeprefix("memory-"): memory.sheet(json.loads(path.read_text())) for path in MEASURED}
+    return {path.stem: memory.sheet(json.loads(path.read_text())) for path in MEASURED}
 
 
 def test_the_estimate_is_within_15_percent_of_every_measured_run(sheets):

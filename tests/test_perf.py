@@ -2,7 +2,6 @@
 
 import json
 import sys
-from statistics import median
 
 import numpy as np
 import pytest
@@ -27,27 +26,30 @@ def run(seconds: list[float], lengths: list[int], padded: int, memory: float, sh
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> dict:
-    """Results of a case at toy size."""
-    folder = tmp_path_factory.mktemp("perf")
-    compare.main(["--quick", "--only", "dpo-shared-prompts", "--output", str(folder)])
-    (results,) = folder.glob("*.json")
-    assert results.with_suffix(".png").stat().st_size
-    return json.loads(results.read_text())
+    """Results of two cases at toy size."""
+    results = {}
+    for case in ("dpo-shared-prompts", "sft-long-tail"):
+        folder = tmp_path_factory.mktemp("perf")
+        compare.main(["--quick", "--only", case, "--output", str(folder)])
+        (path,) = folder.glob("*.json")
+        assert path.with_suffix(".png").stat().st_size
+        results[case] = json.loads(path.read_text())
+    return results
 
 
-def test_a_summary_has_medians_of_runs_without_their_first_step():
+def test_a_summary_has_medians_of_runs():
     record = {
         "case": {"task": "dpo", "selective": True},
         "matmul_rates": [1e9],
         "runs": {
             TRL: [
-                run([99, 2, 2], [30, 10], 60, 8.0),
-                run([99, 4, 4], [30, 10], 60, 8.0),
-                run([1, 5, 5], [30, 10], 60, 8),
+                run([2, 2], [30, 10], 60, 8.0),
+                run([4, 4], [30, 10], 60, 8.0),
+                run([5, 5], [30, 10], 60, 8),
             ],
-            TRL_NO_CHECKPOINTING: [run([99, 1, 3], [30, 10], 60, 16.0)],
-            TUNEBOOK: [run([99, 1, 1], [30, 10], 60, 4.0, shared=8)],
-            TUNEBOOK_NO_CHECKPOINTING: [run([99, 1, 0.6], [30, 10], 60, 6.0, shared=8)],
+            TRL_NO_CHECKPOINTING: [run([1, 3], [30, 10], 60, 16.0)],
+            TUNEBOOK: [run([1, 1], [30, 10], 60, 4.0, shared=8)],
+            TUNEBOOK_NO_CHECKPOINTING: [run([1, 0.6], [30, 10], 60, 6.0, shared=8)],
         },
     }
     summary = compare.summarize(record, compare.Size(body=100, head=10, attention=0))
@@ -88,28 +90,34 @@ def test_the_size_of_a_model_is_counted_without_its_embeddings(tmp_path):
 def test_the_page_shows_the_committed_results():
     page = compare.DOCS.read_text()
     assert "tokens/s against TRL" in page
-    assert compare.write_tables(page) == page
+    assert compare.write_tables(page, "results", compare.sheets) == page
 
 
 @pytest.mark.slow
-def test_both_sides_train_the_same_rows(quick):
+@pytest.mark.parametrize(
+    ("case", "draw", "sides"),
+    [
+        ("dpo-shared-prompts", rows.shared_prompts, ("chosen", "rejected")),
+        ("sft-long-tail", rows.long_tail, ("completion",)),
+    ],
+)
+def test_both_sides_train_the_same_rows(quick, case, draw, sides):
     """In the steps that are timed: the prompt in both sides of a pair, and EOS after each."""
-    pairs = rows.shared_prompts(2)
-    expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in pairs for side in ("chosen", "rejected"))
-    runs = quick["cases"]["dpo-shared-prompts"]["runs"]
+    record = quick[case]["cases"][case]
+    drawn = draw(2 * record["case"]["steps"])
+    expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in drawn for side in sides)
     for side in THREE:
-        (step,) = runs[side][0]["steps"][1:]
-        assert sorted(step["lengths"]) == expected
+        assert sorted(n for step in record["runs"][side][0]["steps"] for n in step["lengths"]) == expected
 
 
 @pytest.mark.slow
 def test_the_ratios_are_those_of_the_raw_numbers(quick):
-    runs = quick["cases"]["dpo-shared-prompts"]["runs"]
-    rates = {
-        side: median(sum(run["steps"][1]["lengths"]) / run["steps"][1]["seconds"] for run in of_side)
-        for side, of_side in runs.items()
-    }
-    summary = quick["summary"]["dpo-shared-prompts"]
+    results = quick["dpo-shared-prompts"]
+    runs, rates = results["cases"]["dpo-shared-prompts"]["runs"], {}
+    for side in (TRL, TUNEBOOK):
+        steps = runs[side][0]["steps"]
+        rates[side] = sum(sum(step["lengths"]) for step in steps) / sum(step["seconds"] for step in steps)
+    summary = compare.summarize_cases(results)["dpo-shared-prompts"]
     assert summary["speedup"] == pytest.approx(rates[TUNEBOOK] / rates[TRL])
     assert summary["memory_ratio"] == pytest.approx(runs[TUNEBOOK][0]["peak_memory"] / runs[TRL][0]["peak_memory"])
 

@@ -17,6 +17,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
     MixtralConfig,
     MixtralForCausalLM,
 )
@@ -463,6 +465,16 @@ def test_precomputed_offloaded_and_plain_references_are_the_same(tiny, pair_rows
     assert logged(runs[2], "loss") == logged(runs[0], "loss")
 
 
+def test_a_precomputed_reference_is_that_of_the_recipes_ld_alpha(tiny, pair_rows, tmp_path):
+    """The first run leaves log-probs of the same rows and model in the cache."""
+    train(dpo, tiny, pair_rows, tmp_path / "a", precompute_ref_log_probs=True)
+    runs = [
+        train(dpo, tiny, pair_rows, tmp_path / str(precompute), ld_alpha=0.5, precompute_ref_log_probs=precompute)
+        for precompute in (True, False)
+    ]
+    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-5)
+
+
 def test_another_reference_model_is_used(tiny, pair_rows, tmp_path):
     from conftest import build_model
 
@@ -518,11 +530,15 @@ def test_a_batch_of_tokens_holds_no_more(tiny, pair_rows, tmp_path):
         )
 
 
-def test_balanced_batches_of_another_size_are_not_resumed(tiny, pair_rows, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"per_device_train_batch_size": 8}, "global_batch_size: 4"), ({"share_prefix": False}, "share_prefix: true")],
+)
+def test_batches_that_would_be_balanced_in_another_way_are_not_resumed(change, message, tiny, pair_rows, tmp_path):
     keys = {"packing": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     train(rm, tiny, pair_rows, tmp_path / "o", **keys)
-    with pytest.raises(RecipeError, match="Set global_batch_size: 4"):
-        train(rm, tiny, pair_rows, tmp_path / "o", **keys | {"per_device_train_batch_size": 8, "max_steps": 2})
+    with pytest.raises(RecipeError, match=f"was made with {message}"):
+        train(rm, tiny, pair_rows, tmp_path / "o", **keys | change | {"max_steps": 2})
 
 
 def test_packing_refuses_a_model_with_state_by_name(tokenizer, pair_rows, tmp_path):
@@ -534,6 +550,21 @@ def test_packing_refuses_a_model_with_state_by_name(tokenizer, pair_rows, tmp_pa
     tokenizer.save_pretrained(tmp_path / "m")
     with pytest.raises(RecipeError, match="Set packing: false"):
         train(dpo, tmp_path / "m", pair_rows, tmp_path / "o", packing=True)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_reward_model_that_is_an_encoder_is_refused(packing, tokenizer, pair_rows, tmp_path):
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, **small)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(RecipeError, match="no causal model with one head"):
+        train(rm, tmp_path / "m", pair_rows, tmp_path / "o", packing=packing)
+
+
+def test_the_loss_of_a_router_that_is_not_there_is_refused(tiny, pair_rows, tmp_path):
+    with pytest.raises(RecipeError, match="no mixture of experts"):
+        train(rm, tiny, pair_rows, tmp_path / "o", router_aux_loss_coef=0.01)
 
 
 def test_from_python_is_the_same_run(tiny, pair_rows, tmp_path):

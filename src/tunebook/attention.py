@@ -5,6 +5,7 @@ transformers' names and what TRL's padding-free collator returns. A document may
 keys being another document's (`key_index`); it is causal from the lower right corner, as in flash-attn.
 """
 
+import logging
 from functools import lru_cache, partial
 
 import torch
@@ -18,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from .context_parallel import ContextGroup
 
+logger = logging.getLogger(__name__)
 NAME = "varlen"
 
 
@@ -165,10 +167,17 @@ def set_varlen_attention(model: PreTrainedModel) -> None:
         )
     if not model._supports_sdpa and "attn_logit_softcapping" not in config:
         raise ValueError(f"packing: {name} has attention sinks, which this attention lacks. Set packing: false.")
-    if config.get("attention_dropout"):
-        raise ValueError(
-            f"packing: {name} has an attention_dropout of {config['attention_dropout']}, which variable-length "
-            "attention lacks. Set packing: false, or model_init_kwargs: {attention_dropout: 0.0}."
+    for dropout in ("attention_dropout", "attn_pdrop"):
+        if config.get(dropout):
+            raise ValueError(
+                f"packing: {name} has an {dropout} of {config[dropout]}, which variable-length attention lacks. "
+                f"Set packing: false, or model_init_kwargs: {{{dropout}: 0.0}}."
+            )
+    if (asked := model.config._attn_implementation) not in ("sdpa", NAME):
+        logger.warning(
+            "packing: attn_implementation %s is not used: packed rows have an attention of their own, which takes "
+            "flash-attn where it is installed.",
+            asked,
         )
     model.set_attn_implementation(NAME)
     model.base_model.register_forward_pre_hook(_drop_mask, with_kwargs=True)

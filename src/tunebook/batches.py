@@ -1,5 +1,7 @@
 """Batches of preference pairs with an even number of packed tokens."""
 
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -33,6 +35,12 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.nd
         tokens.append(chosen + rejected)
         saved.append(np.minimum(shared, rejected - 1))
     return np.concatenate(tokens), np.concatenate(saved)
+
+
+def decides_sharing(args: Any, saves: float) -> bool:
+    """Whether the prefix is shared: what `share_prefix` says; where it is unset, if that `saves` at least 5% of the
+    tokens and no dropout would be shared with it."""
+    return bool(saves >= 0.05 and args.disable_dropout) if args.share_prefix is None else args.share_prefix
 
 
 def list_offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

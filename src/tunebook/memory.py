@@ -116,17 +116,15 @@ def estimate(
     compute = torch.bfloat16 if mixed and (deepspeed or fsdp) else stored
     model = build_model(config, task, compute, peft_config, num_layers_unfrozen).train()
     if activation_checkpointing:
-        options = {"offload": False, **(activation_checkpointing_kwargs or {})}
-        arguments = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        model.activation_checkpointing_enable(options, **arguments)
+        # there is nothing to offload on the meta device: what a layer keeps is counted where it is
+        model.activation_checkpointing_enable({**(activation_checkpointing_kwargs or {}), "offload": False})
     of_weights, of_gradients, of_states = (shards if sharding.stage >= stage else 1 for stage in (3, 2, 1))
 
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    quantized = sum(m.weight.numel() for m in frozen_matrices(model)) if bits < 16 else 0
-    weights = ((total - quantized) * stored_size + quantized * (bits / 8 + 4 / 64)) / of_weights
+    weights = weights_size(model, stored_size, bits) / of_weights
     working, work = 0.0, []
-    if quantized:
+    if bits < 16:
         working += max(m.weight.numel() for m in frozen_matrices(model)) * 2.0
         work.append("one matrix at a time dequantized")
     if of_weights > 1:
@@ -157,13 +155,21 @@ def estimate(
         ),
     ]
     if reference is not None:
-        size = stored_size * sum(p.numel() for p in build_model(reference, task).parameters()) / of_weights
+        other = build_model(reference, task).requires_grad_(False)
+        size = 0.0 if sharding.offload_weights else weights_size(other, stored_size, bits) / of_weights
         # A reference that comes for its pass only is gone when the activations come
         extra = max(0.0, size - activations) if ref_offload else size
         parts.append(Part("reference", extra, "on the device for its pass only" if ref_offload else "DPO's reference"))
     if working:
         parts.append(Part("working space", working, "; ".join(work)))
     return [*parts, Part("process", PROCESS[device], "libraries, and what the allocator keeps")]
+
+
+def weights_size(model: nn.Module, size: int, bits: int) -> float:
+    """Bytes of the weights, `size` each; with less than 16 `bits` the frozen matrices take these, and a float32 for
+    each block of 64 (QLoRA, https://arxiv.org/abs/2305.14314, section 3)."""
+    quantized = sum(m.weight.numel() for m in frozen_matrices(model)) if bits < 16 else 0
+    return (sum(p.numel() for p in model.parameters()) - quantized) * size + quantized * (bits / 8 + 4 / 64)
 
 
 def optimizer_size(optim: str, size: int, deepspeed: bool) -> float:

@@ -175,7 +175,7 @@ def load_model(
             kwargs["key_mapping"] = head_mapping(name, kwargs["revision"], training_args.trust_remote_code)
         with suppress_seqcls_warning():
             model = create_model_from_path(name, architecture, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last: weights of other shapes
         raise RecipeError(f"{name} cannot be loaded: {error}") from error
 
     embeddings = model.get_input_embeddings()

@@ -148,11 +148,17 @@ def pack_reward_model(
     Raises:
         ValueError: the model or the settings do not allow it.
     """
+    classifier = model.get_base_model() if is_peft_model(model) else model
+    heads = [name for name, module in classifier.named_children() if module is not classifier.base_model]
+    if len(heads) != 1:
+        raise ValueError(
+            f"{type(classifier).__name__} is no causal model with one head ({', '.join(heads)}), whose reward is read "
+            "at the last token. Take a decoder."
+        )
     if packing:
         _set_packing(model, share_prefix, "keep_start", context)
-    model = model.get_base_model() if is_peft_model(model) else model
+    model = classifier
     model.base_model.register_forward_hook(_select_positions, with_kwargs=True)
-    (head,) = (name for name, module in model.named_children() if module is not model.base_model)
 
     @functools.wraps(type(model).forward)
     def forward(self, input_ids, attention_mask=None, **kwargs):
@@ -178,7 +184,7 @@ def pack_reward_model(
                 outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
             )
         # The head is looked up on each call: PEFT and FSDP replace it
-        logits = self.get_submodule(head)(hidden)
+        logits = self.get_submodule(heads[0])(hidden)
         return RewardOutput(logits=logits, aux_loss=aux_loss)
 
     model.forward = types.MethodType(forward, model)

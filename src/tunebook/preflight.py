@@ -25,7 +25,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 from trl import get_peft_config
 from trl.data_utils import pack_dataset
 
-from .batches import TokenBatchSampler, list_offsets, pair_lengths
+from .batches import TokenBatchSampler, decides_sharing, list_offsets, pair_lengths
 from .configs import accumulation_steps, count_groups
 from .data import Data, NothingToTrain, has_messages, load_data
 from .memory import Batch, Part, Sharding, build_model, estimate, optimizer_size
@@ -250,7 +250,7 @@ def form_batches(task: str, args: Any, dataset: Dataset, lengths: Lengths) -> Ba
         sizes, trained = np.diff(offsets), per_row(labels != -100, offsets)
         largest = Batch(1, int(np.sort(sizes)[-rows:].sum()), int(np.sort(trained)[-rows:].sum()), packed=True)
         return Batches(largest, -(-len(sizes) // rows), padding, sizes.sum() / (len(sizes) * args.max_length))
-    shares = share >= 0.05 and args.disable_dropout if args.share_prefix is None else args.share_prefix
+    shares = decides_sharing(args, share)
     pairs = total.sum(axis=1)
     packed = pairs - lengths.saved * shares
     with as_mistake():

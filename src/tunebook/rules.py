@@ -65,6 +65,10 @@ def pushes(v: Values) -> bool:
     return v["push_to_hub_revision"] or "push_to_hub_revision" in v["callbacks"]
 
 
+def packs_pairs(v: Values) -> bool:
+    return v["packing"] and "share_prefix" in v
+
+
 def best_by_benchmark(v: Values) -> bool:
     return (v["metric_for_best_model"] or "").removeprefix("eval_").startswith("bench_")
 
@@ -115,6 +119,11 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         "per_device_train_batch_size global_batch_size",
         lambda v: not v.get("max_tokens_per_batch"),
         "no max_tokens_per_batch: it decides how many pairs a batch has",
+    ),
+    (
+        "train_sampling_strategy",
+        lambda v: not packs_pairs(v),
+        "packing: false; batches of packed pairs are drawn at random and balanced by tokens",
     ),
     ("packing_strategy eval_packing", lambda v: v["packing"], "packing: true"),
     (
@@ -332,9 +341,13 @@ CONTRADICTIONS: list[tuple[Callable[[Values], bool], str]] = [
         "`context_parallel_size` shares packed rows between processes. Set packing: true.",
     ),
     (
-        lambda v: v["context_parallel_size"] > 1 and v["neftune_noise_alpha"] is not None,
-        "`context_parallel_size` with `neftune_noise_alpha` is not defined: the noise depends on the tokens that a "
-        "process has. Leave one out.",
+        lambda v: (v["context_parallel_size"] > 1 or packs_pairs(v)) and v["neftune_noise_alpha"] is not None,
+        "`context_parallel_size`, or `packing` of pairs, with `neftune_noise_alpha` is not defined: the noise depends "
+        "on the length of the row. Leave one out.",
+    ),
+    (
+        lambda v: v.get("sync_ref_model") and v["ref_offload"],
+        "`sync_ref_model` mixes the policy into a reference that `ref_offload` keeps on the CPU. Leave one out.",
     ),
     (
         lambda v: (v.get("dataset_kwargs") or {}).get("skip_prepare_dataset"),
@@ -352,6 +365,10 @@ CONTRADICTIONS: list[tuple[Callable[[Values], bool], str]] = [
     (
         lambda v: v["train_sampling_strategy"] == "group_by_length",
         "`train_sampling_strategy: group_by_length` has no effect on tokenized rows. Set packing: true instead.",
+    ),
+    (
+        lambda v: v["train_sampling_strategy"] == "batch_rebalance" and "share_prefix" in v,
+        "`train_sampling_strategy: batch_rebalance` knows no pairs. Set packing: true, which balances their batches.",
     ),
     (
         lambda v: v["load_best_model_at_end"] and not evaluates(v),

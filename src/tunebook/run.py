@@ -183,6 +183,14 @@ def log_resolved(recipe: Recipe) -> None:
             origin = "this CPU has no bf16 instructions"
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     logger.info("Precision: %s (%s), weights in %s.", precision, origin, model_args.dtype)
+    if recipe.task != "sft" and args.max_tokens_per_batch:
+        logger.info(
+            "Batch: up to %s packed tokens a device x %d processes x %d accumulated.",
+            f"{args.max_tokens_per_batch:,}",
+            args.world_size,
+            args.gradient_accumulation_steps,
+        )
+        return
     logger.info(
         "Batch: %d rows a step = %d a device x %d processes x %d accumulated%s.",
         args.per_device_train_batch_size * args.data_parallel_size * args.gradient_accumulation_steps,

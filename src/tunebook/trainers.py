@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from . import checkpoints
-from .batches import TokenBatchSampler, pair_lengths
+from .batches import TokenBatchSampler, decides_sharing, pair_lengths
 from .context_parallel import ContextParallel
 from .optim import build_muon
 from .packing import pack_causal_lm, pack_reward_model
@@ -39,6 +40,10 @@ class ExactResume(ContextParallel):
     def __init__(self, *args, record: Mapping[str, Any], **kwargs):
         self.record = record
         super().__init__(*args, **kwargs)
+        # TRL 1.16 settles checkpointing under the names that transformers 5 reads no more: use_reentrant (ZeRO-3 with
+        # LoRA), and for SFT a selective of its own, which would take the place of ours
+        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
+        vars(self.model).pop("gradient_checkpointing_enable", None)
 
     @property
     def global_batch_size(self) -> int:
@@ -63,6 +68,7 @@ class ExactResume(ContextParallel):
                     "consumed_samples": self.state.global_step * self.global_batch_size,
                     "global_batch_size": self.global_batch_size,
                     "world_size": self.args.world_size,
+                    "share_prefix": self.shares_prefix,
                 }
                 checkpoints.write_manifest(output_dir / name, {**self.record, **progress})
                 checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
@@ -157,7 +163,9 @@ class SFTTrainer(MeasuredSpeed, ExactResume, trl.SFTTrainer):
             pack_causal_lm(self.model, packing=args.packing, context=self.context)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
-        return super()._prepare_dataset(dataset, processing_class, args, packing, *rest) if packing else dataset
+        if packing:
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+        return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
 class PackedPairs(MeasuredSpeed, ExactResume):
@@ -166,13 +174,17 @@ class PackedPairs(MeasuredSpeed, ExactResume):
     batches: TokenBatchSampler | None = None
 
     @cached_property
+    def pair_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        return pair_lengths(self.train_dataset, self.args.max_length)
+
+    @cached_property
     def shares_prefix(self) -> bool:
         args = self.args
         if not args.packing:
             return False
-        tokens, saved = pair_lengths(self.train_dataset, args.max_length)
+        tokens, saved = self.pair_lengths
         share = saved.sum() / tokens.sum()
-        decided = share >= 0.05 and args.disable_dropout if args.share_prefix is None else args.share_prefix
+        decided = decides_sharing(args, share)
         logger.info(
             "Sharing the prefix of chosen and rejected saves %.1f%% of %s tokens: share_prefix is %s.",
             100 * share,
@@ -185,7 +197,7 @@ class PackedPairs(MeasuredSpeed, ExactResume):
         args = self.args
         if not args.packing:
             return super()._get_train_sampler(train_dataset)
-        tokens, saved = pair_lengths(self.train_dataset, args.max_length)
+        tokens, saved = self.pair_lengths
         with as_mistake():
             self.batches = TokenBatchSampler(
                 tokens - saved * self.shares_prefix,
@@ -202,12 +214,16 @@ class PackedPairs(MeasuredSpeed, ExactResume):
     def _init_training_state(self, *args) -> tuple[int, int]:
         checkpoint = args[3]
         if checkpoint is not None and self.args.packing:
-            before = checkpoints.read_manifest(Path(checkpoint))["global_batch_size"]
-            if before != self.global_batch_size:
-                raise RecipeError(
-                    f"{checkpoint} was made with global batches of {before} pairs, balanced by tokens; with "
-                    f"{self.global_batch_size} the order is another. Set global_batch_size: {before}."
-                )
+            manifest = checkpoints.read_manifest(Path(checkpoint))
+            settings = {"global_batch_size": self.global_batch_size, "share_prefix": self.shares_prefix}
+            if self.args.max_tokens_per_batch:
+                settings["world_size"] = self.args.world_size
+            for name, value in settings.items():
+                if manifest[name] != value:
+                    raise RecipeError(
+                        f"{checkpoint} was made with {name}: {str(manifest[name]).lower()}, and its pairs balanced by "
+                        f"tokens; with {str(value).lower()} their order is another."
+                    )
         position = super()._init_training_state(*args)
         if self.batches is not None:  # transformers cannot reach it behind the batches that a resumed run skips
             self.batches.set_epoch(position[0])
@@ -234,6 +250,8 @@ class RewardTrainer(PackedPairs, trl.RewardTrainer):
         collator = SubsetCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
         with as_mistake(), settled(args, chat_template_path=None, eos_token=None, model_init_kwargs=None):
             super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+            if args.router_aux_loss_coef and "output_router_logits" not in self.model.config.to_dict():
+                raise ValueError("`router_aux_loss_coef`: the model is no mixture of experts. Leave it out.")
         self.evaluated: list[torch.Tensor] = []
         with as_mistake():
             pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
@@ -375,8 +393,10 @@ class DPOTrainer(PackedPairs, trl.DPOTrainer):
                     )
 
     def _precompute_ref_logps(self, *args) -> Dataset:
+        """TRL 1.16 finds those that it has cached by the rows and the model; they depend on `ld_alpha`, too."""
         self._patch_forwards()
-        return super()._precompute_ref_logps(*args)
+        with settled(self, _precompute_model_hash=(self._precompute_model_hash, self.args.ld_alpha)):
+            return super()._precompute_ref_logps(*args)
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
