@@ -4,12 +4,11 @@ accelerate launch --config_file configs/accelerate/zero3.yaml src/rm.py --config
 """
 
 import sys
-from pathlib import Path
 
 from transformers import AutoModelForSequenceClassification
 from trl import get_peft_config
 
-from tunebook.models import load_model, rename_head
+from tunebook.models import load_model
 from tunebook.recipe import Recipe, parse_command_line, report_mistakes
 from tunebook.rewards import pair_benchmarks
 from tunebook.run import fit, prepare
@@ -17,7 +16,7 @@ from tunebook.trainers import RewardTrainer
 
 
 def main(recipe: Recipe) -> RewardTrainer:
-    _, training_args, model_args = recipe.args
+    script_args, training_args, model_args = recipe.args
     run = prepare(recipe)
     peft_config = get_peft_config(model_args)
     trainer = RewardTrainer(
@@ -30,11 +29,8 @@ def main(recipe: Recipe) -> RewardTrainer:
         record=run.record,
     )
     if training_args.benchmarks:
-        batch_size = training_args.per_device_eval_batch_size
-        trainer.add_callback(pair_benchmarks(trainer, run.tokenizer, training_args.benchmarks, batch_size))
+        trainer.add_callback(pair_benchmarks(trainer, run.tokenizer, training_args.benchmarks, script_args))
     fit(trainer, run)
-    if training_args.value_head_prefix != "score" and trainer.is_world_process_zero():
-        rename_head(Path(training_args.output_dir), training_args.value_head_prefix)
     return trainer
 
 

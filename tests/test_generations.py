@@ -117,7 +117,8 @@ class TestPrompts:
         assert render_prompts(["one"], tokenizer, chat=False) == ["one"]
         assert render_prompts(["one", asked, answered], tokenizer, chat=True) == [turn] * 3
         system = "<|im_start|>system\nshort<|im_end|>\n"
-        assert render_prompts(["one"], tokenizer, chat=True, system_prompt="short") == [system + turn]
+        assert render_prompts(["one", asked], tokenizer, chat=True, system_prompt="short") == [system + turn] * 2
+        assert render_prompts(["one"], tokenizer, chat=False, prompt_template="Q: {}") == ["Q: one"]
 
 
 class TestSettings:

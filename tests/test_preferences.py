@@ -258,8 +258,11 @@ def test_score_writes_raw_and_normalized_rewards_of_a_file(reward_model, tmp_pat
         assert scored["normalized_reward"] == pytest.approx((expected - model.config.mean) / model.config.std, rel=1e-3)
 
 
-def test_a_reward_model_is_benchmarked_on_files_of_pairs(tiny, pair_rows, tmp_path):
+@pytest.mark.parametrize("templated", [False, True])
+def test_a_reward_model_is_benchmarked_on_files_of_pairs(templated, tiny, pair_rows, tmp_path):
+    """On text like the rows it trains on."""
     keys = {
+        "apply_chat_template": templated,
         "do_eval": True,
         "test_split_size": 9,
         "packing": True,
@@ -272,14 +275,24 @@ def test_a_reward_model_is_benchmarked_on_files_of_pairs(tiny, pair_rows, tmp_pa
     won = {}
     for line in pair_rows.read_text().splitlines():
         pair = json.loads(line)
-        chosen, rejected = (
-            score_ids(model, [tokenizer(pair["prompt"] + pair[side] + tokenizer.eos_token)["input_ids"]])[0]
-            for side in ("chosen", "rejected")
-        )
+        texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+        if templated:
+            turns = [
+                [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}]
+                for side in ("chosen", "rejected")
+            ]
+            texts = tokenizer.apply_chat_template(turns, tokenize=False)
+        chosen, rejected = score_ids(model, tokenizer(texts)["input_ids"])
         won.setdefault(pair["subset"], []).append(chosen > rejected)
     for subset, wins in won.items():
         assert row["scores"]["pairs"][f"accuracy_{subset}"] == pytest.approx(sum(wins) / len(wins))
     assert logged(trainer, "eval_bench_pairs_accuracy")
+
+
+def test_a_benchmark_without_prompts_is_refused(tiny, pair_rows, tmp_path):
+    path = write_rows(tmp_path / "b.jsonl", [{"chosen": "a", "rejected": "b"}])
+    with pytest.raises(RecipeError, match="b has no column prompt"):
+        train(rm, tiny, pair_rows, tmp_path / "o", do_eval=True, test_split_size=9, benchmarks=[str(path)])
 
 
 def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):

@@ -87,6 +87,8 @@ MISTAKES = [
     ("rm", {"train_sampling_strategy": "batch_rebalance"}, "knows no pairs"),
     ("dpo", {"packing": True, "neftune_noise_alpha": 5}, "depends on the length of the row"),
     ("dpo", {"sync_ref_model": True, "ref_offload": True}, "`ref_offload` keeps on the CPU"),
+    ("rm", {"value_head_prefix": "v", "push_to_hub": True}, "Take push_to_hub_revision"),
+    ("sft", {"do_train": False}, "a run always trains"),
     ("rm", {"margin_column": "m"}, "needs use_margin: true"),
     ("rm", {"calibrate_rewards": True}, "needs eval_strategy"),
     ("rm", {"use_peft": True, "lora_task_type": "CAUSAL_LM"}, "SEQ_CLS for reward models"),

@@ -13,7 +13,7 @@ ROWS = [line for line in LINES if scaling.ROW.fullmatch(line)]
 CONTEXT_ROWS = [line for line in LINES if scaling.CONTEXT_ROW.fullmatch(line)]
 
 
-@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith(("| 1B | 1 |", "| 8B | 8 |"))])
+@pytest.mark.parametrize("row", [row for row in ROWS if row.startswith(("| 1B | 1 |", "| 8B | 1 |", "| 8B | 8 |"))])
 def test_a_row_of_the_table_is_the_estimate(row):
     assert scaling.fill(row) == row
 

@@ -157,7 +157,7 @@ def test_an_incomplete_checkpoint_is_never_resumed_from(run, tmp_path, caplog):
     shutil.copytree(folder, tmp_path / "o")
     (tmp_path / "o" / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
     assert checkpoints.find_checkpoint(tmp_path / "o", "auto") == tmp_path / "o" / "checkpoint-4"
-    assert "checkpoint-6 is incomplete" in caplog.text
+    assert "checkpoint-6 is not used" in caplog.text
     with pytest.raises(RecipeError, match="not a complete checkpoint"):
         checkpoints.find_checkpoint(tmp_path / "o", str(tmp_path / "o" / "checkpoint-6"))
 
@@ -221,8 +221,32 @@ def test_a_changed_recipe_is_told(run, tiny, sft_rows, tmp_path, caplog):
 def test_never_starts_anew(run, tiny, sft_rows, tmp_path):
     _, folder = run
     shutil.copytree(folder, tmp_path / "o")
-    trainer = train(tiny, sft_rows, tmp_path / "o", max_steps=2, resume_from_checkpoint="never")
+    (tmp_path / "o" / "benchmarks.jsonl").write_text("{}\n")
+    (tmp_path / "o" / "trainer_state.json").write_bytes((folder / "trainer_state.json").read_bytes())
+    trainer = train(tiny, sft_rows, tmp_path / "o", max_steps=2, save_total_limit=1, resume_from_checkpoint="never")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
+    assert [path.name for path in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-2"]
+    left = {path.name for path in (tmp_path / "o").glob("before-*/*")}
+    assert left == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "benchmarks.jsonl", "trainer_state.json"}
+
+
+def test_what_another_program_left_is_neither_used_nor_deleted(tiny, sft_rows, tmp_path):
+    for name in ("checkpoint-9", "checkpoint-2-merged"):
+        (tmp_path / "o" / name).mkdir(parents=True)
+        (tmp_path / "o" / name / "model.safetensors").touch()
+    (tmp_path / "o" / "checkpoint-9.tar").touch()
+    interrupted = tmp_path / "o" / "checkpoint-1"
+    checkpoints.begin(interrupted)
+    train(tiny, sft_rows, tmp_path / "o", max_steps=2)
+    left = {path.name for path in (tmp_path / "o").glob("checkpoint-*")}
+    assert left == {"checkpoint-2", "checkpoint-9", "checkpoint-2-merged", "checkpoint-9.tar"}
+
+
+def test_a_checkpoint_without_the_optimizer_is_gone_on_from_only_when_forced(tiny, sft_rows, tmp_path):
+    train(tiny, sft_rows, tmp_path / "o", max_steps=2, save_only_model=True)
+    with pytest.raises(RecipeError, match="no state of the optimizer.*force_resume: true"):
+        train(tiny, sft_rows, tmp_path / "o", max_steps=4)
+    assert train(tiny, sft_rows, tmp_path / "o", max_steps=4, force_resume=True).state.global_step == 4
 
 
 # ---- Models ----
@@ -275,9 +299,11 @@ def test_lora_saves_the_adapter_only(tiny, sft_rows, tmp_path, extra):
     assert losses(trainer)[1] > 0
 
 
-def test_a_new_token_is_trained_under_lora(tmp_path):
+@pytest.mark.parametrize("spare", [0, 8])
+def test_a_new_token_is_trained_under_lora(spare, tmp_path):
+    """Also where the embeddings have rows to spare for it."""
     bare = build_tokenizer(special=("<pad>", "<eos>"), template=None)
-    build_model(len(bare), tie_word_embeddings=True).save_pretrained(tmp_path / "m")
+    build_model(len(bare) + spare, tie_word_embeddings=True).save_pretrained(tmp_path / "m")
     bare.save_pretrained(tmp_path / "m")
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
     rows = write_rows(tmp_path / "r.jsonl", [{"messages": turns}] * 8)

@@ -5,7 +5,6 @@ transformers' names and what TRL's padding-free collator returns. A document may
 keys being another document's (`key_index`); it is causal from the lower right corner, as in flash-attn.
 """
 
-import logging
 from functools import lru_cache, partial
 
 import torch
@@ -19,7 +18,6 @@ from transformers.utils import is_flash_attn_2_available
 
 from .context_parallel import ContextGroup
 
-logger = logging.getLogger(__name__)
 NAME = "varlen"
 
 
@@ -173,12 +171,6 @@ def set_varlen_attention(model: PreTrainedModel) -> None:
                 f"packing: {name} has an {dropout} of {config[dropout]}, which variable-length attention lacks. "
                 f"Set packing: false, or model_init_kwargs: {{{dropout}: 0.0}}."
             )
-    if (asked := model.config._attn_implementation) not in ("sdpa", NAME):
-        logger.warning(
-            "packing: attn_implementation %s is not used: packed rows have an attention of their own, which takes "
-            "flash-attn where it is installed.",
-            asked,
-        )
     model.set_attn_implementation(NAME)
     model.base_model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
 

@@ -97,6 +97,10 @@ class BenchmarkCallback(TrainerCallback):
         if state.is_world_process_zero:
             self._submit(state.global_step, revision=None)
         scores: dict[str, float] = {}
+        if state.is_world_process_zero:  # what an earlier process of this run has measured at this step
+            for row in read_rows(self.jobs.rows_file):
+                if row["step"] == state.global_step and row["status"] == "completed":
+                    scores |= tracker_scores(row)
         busy = True
         while busy:  # Ranks meet every second: one that waited in a collective for the whole benchmark would time out.
             time.sleep(1)
@@ -229,6 +233,7 @@ def build_callbacks(
     stop_sequences: Sequence[str] = (),
     apply_chat_template: bool = False,
     system_prompt: str | None = None,
+    prompt_template: str | None = None,
 ) -> list[TrainerCallback]:
     """The callbacks that a recipe asks for, in the order in which they are to be added and finished.
 
@@ -264,6 +269,7 @@ def build_callbacks(
                 stop_sequences=stop_sequences,
                 chat=apply_chat_template,
                 system_prompt=system_prompt,
+                prompt_template=prompt_template,
             )
         )
     return callbacks

@@ -10,8 +10,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from .recipe import RecipeError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+BEGUN = f"{MANIFEST}.partial"  # in a checkpoint whose save is going on, or was interrupted
 FIXED = ("model", "data", "seed", "max_tokens_per_batch")  # with another of these it is another run
 # A full disk or quota in the words of Python, of safetensors, and of torch.save, which does not keep the error's number
 FULL = re.compile(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b|inline_container\.cc")
@@ -55,16 +57,23 @@ def saving(what: str, output_dir: Path) -> Iterator[None]:
         ) from error
 
 
+def begin(folder: Path) -> None:
+    """Mark a checkpoint that will be written as ours, and not complete, whatever is in its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / BEGUN).touch()
+    (folder / MANIFEST).unlink(missing_ok=True)
+
+
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     """Declare a checkpoint complete. `record`: what it was made from, and how far it came."""
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
-    files.pop(MANIFEST, None)
-    partial = folder / f"{MANIFEST}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    for name in (MANIFEST, BEGUN):
+        files.pop(name, None)
+    with open(folder / BEGUN, "w", encoding="utf-8") as file:
         json.dump({**record, "files": files}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
-    partial.replace(folder / MANIFEST)
+    (folder / BEGUN).replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -100,18 +109,38 @@ def find_checkpoint(output_dir: Path, wish: str) -> Path | None:
         return Path(wish)
     complete = list_checkpoints(output_dir)
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
-        logger.warning("%s is incomplete: its save was interrupted. It is not used.", path)
+        logger.warning("%s is not used: its save was interrupted, or it is not a checkpoint of tunebook.", path)
     return complete[-1] if complete else None
 
 
-def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> None:
+def set_aside(output_dir: Path, names: Sequence[str]) -> None:
+    """Move an earlier run's checkpoints, and what else is called one of `names`, to a folder of their own: a run that
+    starts anew must not go on from them, rotate them or report their scores as its own."""
+    left = [*list_checkpoints(output_dir), *filter(Path.exists, (output_dir / name for name in names))]
+    if left:
+        folder = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"
+        folder.mkdir()
+        for path in left:
+            path.rename(folder / path.name)
+        logger.warning("What an earlier run left in %s is in %s now.", output_dir, folder.name)
+
+
+def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool, deepspeed: bool = False) -> None:
     """Tell what changed since the checkpoint was made; refuse what makes a continuation something else.
 
     Raises:
-        RecipeError: when the model, the data or the seed is another, and it is not forced.
+        RecipeError: when the model, the data or the seed is another, or the optimizer's state is not there, which
+            transformers 5.23 goes on without, and it is not forced.
     """
     before = read_manifest(checkpoint)
     assert before is not None
+    state = "global_step" if deepspeed else "optimizer"
+    if not force and not any(name.startswith(state) for name in before["files"]):
+        raise RecipeError(
+            f"{checkpoint} has no state of the optimizer for this launch: it was saved with save_only_model, or "
+            f"{'without' if deepspeed else 'under'} DeepSpeed. Set resume_from_checkpoint: never, or force_resume: "
+            "true to go on with a new one."
+        )
     changed = [f"{name}: {before[name]} -> {record[name]}" for name in FIXED if before[name] != record[name]]
     if changed and not force:
         raise RecipeError(
@@ -127,12 +156,13 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> No
 
 
 def rotate(output_dir: Path, limit: int | None, max_gb: float | None, best: str | None) -> None:
-    """Delete the least trained checkpoints, and incomplete ones, while there are more than `limit` or all together are
-    larger than `max_gb` (GB). The last one and the best one stay.
+    """Delete the least trained checkpoints while there are more than `limit` or all together are larger than `max_gb`
+    (GB), and those whose save was interrupted. The last one, the best one, and what is not ours stay.
     """
     complete = list_checkpoints(output_dir)
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
-        shutil.rmtree(path)
+        if (path / BEGUN).exists():
+            shutil.rmtree(path)
     sizes = {path: sum(json.loads((path / MANIFEST).read_text())["files"].values()) / 1e9 for path in complete}
     for path in complete[:-1]:
         too_many = limit is not None and len(sizes) > limit

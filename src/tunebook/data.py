@@ -112,13 +112,8 @@ def broken_json_line(path: Path) -> str | None:
 
 
 def load_evaluation(path: str, split: str) -> Dataset:
-    """As [`load_source`]; a data set with one split is taken whatever that is called: it was named for this."""
-    try:
-        return load_source(path, split)
-    except RecipeError as error:
-        if "split" not in str(error):
-            raise
-        return load_source(path, "train")
+    """As [`load_source`]; a file has one split, and all of its rows are for evaluation."""
+    return load_source(path, "train" if Path(path).expanduser().is_file() else split)
 
 
 class NothingToTrain(RecipeError):
@@ -385,8 +380,8 @@ def fingerprint(dataset: Dataset) -> str:
     digest = xxhash.xxh64()
     for table in dataset.with_format("arrow").iter(batch_size=10_000):
         for column in table.columns:
-            for chunk in column.chunks:
-                values = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
-                digest.update(np.diff(chunk.offsets).tobytes() if pa.types.is_list(chunk.type) else b"")
-                digest.update(values.to_numpy(zero_copy_only=False).tobytes())
+            column = column.combine_chunks()  # num_proc writes others
+            values = column.flatten() if pa.types.is_list(column.type) else column
+            digest.update(np.diff(column.offsets).tobytes() if pa.types.is_list(column.type) else b"")
+            digest.update(values.to_numpy(zero_copy_only=False).tobytes())
     return digest.hexdigest()

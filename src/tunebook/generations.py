@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl.models.utils import unwrap_model_for_generation
 
@@ -93,17 +93,25 @@ def sweep(generation_kwargs: Mapping) -> tuple[str | None, list[dict]]:
 
 
 def render_prompts(
-    prompts: Sequence[Prompt], tokenizer: PreTrainedTokenizerBase, chat: bool, system_prompt: str | None = None
+    prompts: Sequence[Prompt],
+    tokenizer: PreTrainedTokenizerBase,
+    chat: bool,
+    system_prompt: str | None = None,
+    prompt_template: str | None = None,
 ) -> list[str]:
     """What the model reads: conversations by the chat template, up to the assistant's turn; texts too, as a user's
-    turn, if `chat`. An assistant's last turn in a conversation is what is asked for, and is left out."""
+    turn, if `chat`. An assistant's last turn in a conversation is what is asked for, and is left out. Texts stand in
+    the place of {} in `prompt_template`."""
     system = [{"role": "system", "content": system_prompt}] if system_prompt else []
     texts = []
     for prompt in prompts:
-        if isinstance(prompt, str) and not chat:
-            texts.append(prompt)
-            continue
-        messages = system + [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        if isinstance(prompt, str):
+            prompt = prompt if prompt_template is None else prompt_template.replace("{}", prompt)
+            if not chat:
+                texts.append(prompt)
+                continue
+            prompt = [{"role": "user", "content": prompt}]
+        messages = prompt if prompt[0]["role"] == "system" else system + prompt
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         texts.append(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
     return texts
@@ -203,9 +211,10 @@ class GenerationCallback(TrainerCallback):
         stop_sequences: Sequence[str] = (),
         chat: bool = False,
         system_prompt: str | None = None,
+        prompt_template: str | None = None,
     ):
         self.trainer, self.metrics, self.stop_sequences = trainer, metrics, stop_sequences
-        self.texts = render_prompts(prompts, trainer.processing_class, chat, system_prompt)
+        self.texts = render_prompts(prompts, trainer.processing_class, chat, system_prompt, prompt_template)
         self.prompts = [p if isinstance(p, str) else text for p, text in zip(prompts, self.texts, strict=True)]
         self.has_special_tokens = chat or not isinstance(prompts[0], str)
         self.sweep_key, self.settings = sweep(generation_kwargs)
@@ -220,7 +229,10 @@ class GenerationCallback(TrainerCallback):
         with preserved_random_state(args.seed):
             for setting in self.settings:
                 outputs = map_over_ranks(self.trainer.accelerator, partial(self._generate, setting), self.texts)
-                values = score_outputs(self.metrics, self.texts, self.prompts, outputs)
+                values = None
+                if state.is_world_process_zero:  # a metric may draw or ask a judge: all ranks must see one value
+                    values = score_outputs(self.metrics, self.texts, self.prompts, outputs)
+                [values] = broadcast_object_list([values])
                 swept = {self.sweep_key: setting[self.sweep_key]} if self.sweep_key else {}
                 suffix = "".join(f"_{key}_{value}" for key, value in swept.items())
                 means |= {f"eval_{name}{suffix}": sum(column) / len(column) for name, column in values.items()}

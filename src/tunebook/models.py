@@ -2,7 +2,9 @@
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftConfig
@@ -179,12 +181,13 @@ def load_model(
         raise RecipeError(f"{name} cannot be loaded: {error}") from error
 
     embeddings = model.get_input_embeddings()
-    if len(tokenizer) > embeddings.num_embeddings:
+    resized = len(tokenizer) > embeddings.num_embeddings
+    if resized:
         new_ids = list(range(embeddings.num_embeddings, len(tokenizer)))
         model.resize_token_embeddings(len(tokenizer))
         logger.warning("Embeddings resized to %d tokens: %s.", len(tokenizer), tokenizer.convert_ids_to_tokens(new_ids))
-        if peft_config is not None:
-            train_new_tokens(model, peft_config)
+    if peft_config is not None and (resized or has_new_tokens(tokenizer, name, kwargs)):
+        train_new_tokens(model, peft_config)
     text_config = model.config.get_text_config()
     text_config.eos_token_id, text_config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     if model.can_generate():
@@ -220,6 +223,13 @@ def rename_head(folder: Path, prefix: str) -> None:
     config = AutoConfig.from_pretrained(folder)
     config.value_head_prefix = prefix
     config.save_pretrained(folder)
+
+
+def has_new_tokens(tokenizer: PreTrainedTokenizerBase, name: str, kwargs: Mapping[str, Any]) -> bool:
+    """Whether it has tokens, beside padding, that the model's own has not: where embeddings have spare rows."""
+    source = {key: kwargs[key] for key in ("revision", "trust_remote_code")}
+    known = {*AutoTokenizer.from_pretrained(name, **source).get_vocab(), tokenizer.pad_token}
+    return not known.issuperset(tokenizer.get_vocab())
 
 
 def train_new_tokens(model: PreTrainedModel, peft_config: PeftConfig) -> None:

@@ -3,6 +3,7 @@ GPU whose peak is known, model FLOPs utilization (MFU) in every log."""
 
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -175,7 +176,7 @@ class MeasuredSpeed:
 
 def peak_flops() -> float | None:
     name = torch.cuda.get_device_name()
-    return next((flops for device, flops in PEAK_FLOPS.items() if device in name), None)
+    return next((flops for device, flops in PEAK_FLOPS.items() if re.search(rf"\b{device}\b", name)), None)
 
 
 def token_lengths(dataset: Dataset, max_length: int | None, shares_prefix: bool) -> tuple[float, float]:

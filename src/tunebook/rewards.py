@@ -69,10 +69,29 @@ def render(rows: Sequence[dict], renderer: Renderer, name: str) -> list[list[int
 
 
 def pair_benchmarks(
-    trainer, tokenizer: PreTrainedTokenizerBase, paths: Sequence[str], batch_size: int
+    trainer, tokenizer: PreTrainedTokenizerBase, paths: Sequence[str], script_args
 ) -> PairAccuracyCallback:
-    """Accuracy by subset on files of pairs (RewardBench's layout), at every evaluation."""
-    renderer = Renderer(Rendering("sft", tokenizer, None, {"prompt": "prompt", "completion": "completion"}))
+    """Accuracy by subset on files of pairs (RewardBench's layout), at every evaluation, as text like the training rows.
+
+    Raises:
+        RecipeError: for a file that cannot be read or has no such pairs.
+    """
+    renderer = Renderer(
+        Rendering(
+            "sft",
+            tokenizer,
+            None,
+            {"prompt": "prompt", "completion": "completion"},
+            prompt_template=script_args.prompt_template,
+            system_prompt=script_args.system_prompt,
+            apply_chat_template=script_args.apply_chat_template,
+        )
+    )
+    batch_size = trainer.args.per_device_eval_batch_size
+    benchmarks = {Path(path).stem: load_source(path, "train") for path in paths}
+    for name, pairs in benchmarks.items():
+        if missing := {"prompt", "chosen", "rejected"} - set(pairs.column_names):
+            raise RecipeError(f"`benchmarks`: {name} has no column {' and '.join(sorted(missing))}.")
 
     def score_share(items: list[tuple]) -> list[float]:
         rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
@@ -86,9 +105,7 @@ def pair_benchmarks(
             return score_share(items)
         return map_over_ranks(trainer.accelerator, score_share, items)
 
-    return PairAccuracyCallback(
-        trainer, {Path(path).stem: load_source(path, "train").to_list() for path in paths}, score
-    )
+    return PairAccuracyCallback(trainer, {name: pairs.to_list() for name, pairs in benchmarks.items()}, score)
 
 
 def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> int:

@@ -177,7 +177,7 @@ class Renderer:
                 tools=json.loads(tools) if isinstance(tools, str) else tools,
                 **(row.get("chat_template_kwargs") or {}),
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise Dropped(f"the chat template rejects it: {error}") from error
 
     def prompt_text(self, prompt: str) -> str:
@@ -252,7 +252,7 @@ class Renderer:
                 return_assistant_tokens_mask=True,
                 **{**self.how.tokenizer.special_tokens_map, **(row.get("chat_template_kwargs") or {})},
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError) as error:
             raise Dropped(f"the chat template rejects it: {error}") from error
         return text, [tuple(span) for span in spans]
 

@@ -99,6 +99,9 @@ NEEDS: list[tuple[str, Callable[[Values], bool], str]] = [
         evaluates,
         "eval_strategy: steps or epoch, or do_eval: true",
     ),
+    ("do_train", lambda v: v["do_train"], "the value true: a run always trains"),
+    ("do_predict", lambda v: not v["do_predict"], "the value false: a run trains and evaluates"),
+    ("ignore_bias_buffers", lambda v: not v["ignore_bias_buffers"], "the value false"),
     ("save_steps", lambda v: v["save_strategy"] == "steps", "save_strategy: steps"),
     (
         "save_total_limit save_total_gb save_only_model",
@@ -369,6 +372,10 @@ CONTRADICTIONS: list[tuple[Callable[[Values], bool], str]] = [
     (
         lambda v: v["train_sampling_strategy"] == "batch_rebalance" and "share_prefix" in v,
         "`train_sampling_strategy: batch_rebalance` knows no pairs. Set packing: true, which balances their batches.",
+    ),
+    (
+        lambda v: v.get("value_head_prefix", "score") != "score" and v["push_to_hub"],
+        "`value_head_prefix` with `push_to_hub`, which saves the model under its own names. Take push_to_hub_revision.",
     ),
     (
         lambda v: v["load_best_model_at_end"] and not evaluates(v),

@@ -4,6 +4,7 @@ import ctypes
 import json
 import logging
 import platform
+import shutil
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,7 +16,7 @@ import transformers
 import yaml
 from accelerate import PartialState
 from huggingface_hub import HfApi
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import GenerationConfig, PreTrainedTokenizerBase, set_seed
 from transformers.trainer_utils import TrainOutput
 
 from . import checkpoints
@@ -23,13 +24,14 @@ from .benchmarks import find_benchmark, is_benchmark_metric
 from .callbacks import build_callbacks, finish_callbacks
 from .configs import count_groups, has_fast_bf16
 from .data import Data, fingerprint, load_data
-from .generations import load_metric, load_prompts, sweep
+from .generations import TABLE, load_metric, load_prompts, sweep
 from .hub import PENDING, check_hub_revision
-from .models import check_model, load_recipe_tokenizer
+from .models import check_model, load_recipe_tokenizer, rename_head
 from .preflight import check
 from .progress import show_progress
 from .recipe import Recipe, as_mistake
 from .report import RECORD_FILE, report_run
+from .scores import ROWS_FILE
 from .trackers import set_wandb_environment
 
 logger = logging.getLogger(__name__)
@@ -89,11 +91,14 @@ def prepare(recipe: Recipe) -> Run:
         "resumed_from": [],
     }
     if checkpoint is not None:
-        checkpoints.check_resume(checkpoint, record, training_args.force_resume)
+        deepspeed = training_args.deepspeed_plugin is not None
+        checkpoints.check_resume(checkpoint, record, training_args.force_resume, deepspeed)
         record["resumed_from"] = [*checkpoints.read_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
         logger.info("Going on from %s (resume_from_checkpoint: %s).", checkpoint, training_args.resume_from_checkpoint)
     if PartialState().is_main_process:
         output_dir.mkdir(parents=True, exist_ok=True)
+        if training_args.resume_from_checkpoint == "never":
+            checkpoints.set_aside(output_dir, (ROWS_FILE, "benchmarks", f"{TABLE}.jsonl", "trainer_state.json"))
         with checkpoints.saving("recipe.yaml", output_dir):
             (output_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe.given, sort_keys=False), encoding="utf-8")
             (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
@@ -147,6 +152,8 @@ def check_following(recipe: Recipe, resumes: bool) -> dict[str, Any]:
     }
     if args.benchmarks and recipe.task != "rm":
         benchmarks = [find_benchmark(name) for name in args.benchmarks]
+        if args.benchmark_launcher == "slurm" and shutil.which("sbatch") is None:
+            raise ValueError("`benchmark_launcher: slurm`: there is no sbatch on this machine. Set it to local.")
         beside = args.benchmark_launcher == "slurm" or args.benchmark_devices
         best = is_benchmark_metric(args.metric_for_best_model, benchmarks)
         following |= {
@@ -159,12 +166,15 @@ def check_following(recipe: Recipe, resumes: bool) -> dict[str, Any]:
         }
     if recipe.task != "rm" and args.eval_prompts:
         sweep(args.eval_generation_kwargs or {})
+        if unknown := set(args.eval_generation_kwargs or {}) - set(GenerationConfig().to_dict()):
+            raise ValueError(f"`eval_generation_kwargs`: {', '.join(sorted(unknown))}: not of GenerationConfig.")
         following |= {
             "eval_generation_kwargs": args.eval_generation_kwargs,
             "eval_metrics": [load_metric(name) for name in args.eval_metrics],
             "stop_sequences": args.stop_sequences,
             "apply_chat_template": bool(script_args.apply_chat_template),
             "system_prompt": script_args.system_prompt,
+            "prompt_template": script_args.prompt_template,
         }
     return following
 
@@ -183,6 +193,11 @@ def log_resolved(recipe: Recipe) -> None:
             origin = "this CPU has no bf16 instructions"
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     logger.info("Precision: %s (%s), weights in %s.", precision, origin, model_args.dtype)
+    if args.packing and model_args.attn_implementation is not None:
+        logger.warning(
+            "attn_implementation: %s is not used with packing, which takes flash-attn where it is installed.",
+            model_args.attn_implementation,
+        )
     if recipe.task != "sft" and args.max_tokens_per_batch:
         logger.info(
             "Batch: up to %s packed tokens a device x %d processes x %d accumulated.",
@@ -235,6 +250,8 @@ def fit(trainer, run: Run) -> TrainOutput:
         # off in training, wanted by who generates
         trainer.accelerator.unwrap_model(trainer.model).config.use_cache = True
         trainer.save_model(args.output_dir)
+        if vars(args).get("value_head_prefix", "score") != "score" and trainer.is_world_process_zero():
+            rename_head(Path(args.output_dir), args.value_head_prefix)
         trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()

@@ -53,6 +53,9 @@ class ExactResume(ContextParallel):
     def _save_checkpoint(self, model, trial) -> None:
         output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with checkpoints.saving(name, output_dir):
+            if self.args.should_save:
+                checkpoints.begin(output_dir / name)
+            self.accelerator.wait_for_everyone()
             # the limit is ours to apply, once the new checkpoint is whole
             limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:

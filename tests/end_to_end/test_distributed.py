@@ -4,16 +4,28 @@ import json
 
 import pytest
 from conftest import launch_runs
+from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from tunebook import run_script
-from tunebook.recipe import TASKS
 
 pytestmark = pytest.mark.slow
-HEADS = {"sft": AutoModelForCausalLM, "rm": AutoModelForSequenceClassification, "dpo": AutoModelForCausalLM}
+RUNS = {
+    "sft": ("sft", {}),
+    "rm": ("rm", {"packing": True}),
+    "dpo": ("dpo", {"packing": True, "ref_offload": True}),
+    "dpo with LoRA": ("dpo", {"packing": True, "use_peft": True}),
+}
+MODELS = {
+    "sft": AutoModelForCausalLM,
+    "rm": AutoModelForSequenceClassification,
+    "dpo": AutoModelForCausalLM,
+    "dpo with LoRA": AutoPeftModelForCausalLM,
+}
+METRICS = {"sft": [], "rm": ["accuracy", "margin"], "dpo": ["rewards/accuracies", "logps/chosen"]}
 
 
-def recipe(task, tiny, rows, output_dir) -> dict:
+def recipe(tiny, rows, output_dir, changes) -> dict:
     return {
         "model_name_or_path": str(tiny),
         "dataset_name": str(rows),
@@ -29,23 +41,24 @@ def recipe(task, tiny, rows, output_dir) -> dict:
         "test_split_size": 8,
         "per_device_eval_batch_size": 4,
         "disable_tqdm": True,
-        **({} if task == "sft" else {"packing": True}),
-        **({"ref_offload": True} if task == "dpo" else {}),
+        **changes,
     }
 
 
 @pytest.fixture(scope="module")
 def recipes(tiny, sft_rows, pair_rows):
-    """Recipes of all tasks by their output folder."""
+    """Task and recipe of each run, by the folder of all."""
     rows = {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}
-    return lambda folder: {task: recipe(task, tiny, rows[task], folder / task) for task in TASKS}
+    return lambda folder: {
+        name: (task, recipe(tiny, rows[task], folder / name, changes)) for name, (task, changes) in RUNS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def one_process(recipes, tmp_path_factory):
     """Folder of the runs of one process."""
     folder = tmp_path_factory.mktemp("one")
-    for task, keys in recipes(folder).items():
+    for task, keys in recipes(folder).values():
         run_script(task, keys)
     return folder
 
@@ -56,7 +69,7 @@ def two_processes(request, recipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     runs = recipes(folder)
     resumed = {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")}
-    launch_runs([*runs.items(), ("sft", runs["sft"] | resumed)], config=request.param, processes=2)
+    launch_runs([*runs.values(), ("sft", runs["sft"][1] | resumed)], config=request.param, processes=2)
     return folder
 
 
@@ -66,13 +79,12 @@ def metrics(folder, name) -> list[float]:
     return [entry[name] for entry in log if name in entry]
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_two_processes_equal_one(task, one_process, two_processes):
-    names = {"rm": ["accuracy", "margin"], "dpo": ["rewards/accuracies", "logps/chosen"]}
-    for name in ["loss", "grad_norm", "eval_loss", *names.get(task, [])]:
-        expected = metrics(one_process / task, name)
-        assert expected and metrics(two_processes / task, name) == pytest.approx(expected, abs=1e-4, rel=1e-4), name
-    HEADS[task].from_pretrained(two_processes / task / "checkpoint-4")
+@pytest.mark.parametrize("run", RUNS)
+def test_two_processes_equal_one(run, one_process, two_processes):
+    for name in ["loss", "grad_norm", "eval_loss", *METRICS[RUNS[run][0]]]:
+        expected = metrics(one_process / run, name)
+        assert expected and metrics(two_processes / run, name) == pytest.approx(expected, abs=1e-4, rel=1e-4), name
+    MODELS[run].from_pretrained(two_processes / run / "checkpoint-4")
 
 
 def test_two_processes_go_on_from_their_checkpoint(two_processes):
