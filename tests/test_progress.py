@@ -141,7 +141,13 @@ def test_mfu_is_the_flops_a_second_over_the_peak_of_all_devices(monkeypatch):
 
 @pytest.mark.parametrize(
     ("device", "peak"),
-    [("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA L4", 121e12), ("NVIDIA L40S", 362e12), ("NVIDIA RTX A4000", None)],
+    [
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA RTX A4000", None),
+    ],
 )
 def test_the_peak_is_found_by_the_device_name(monkeypatch, device, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: device)
