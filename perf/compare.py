@@ -303,15 +303,20 @@ def operation_rate(run: dict[str, Any], task: str, size: Size, shares: bool, six
 
 
 def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
-    """A case in numbers: medians over the runs of each side, and their ratios."""
+    """A case in numbers: medians over the runs of each side; of the speed-up, over the rounds, whose runs follow one
+    another on a machine as fast as it is then."""
     task, runs = record["case"]["task"], record["runs"]
     matmul = median(record["matmul_rates"])
     tokens_per_second = {side: median(map(rate, of_side)) for side, of_side in runs.items()}
     peak_memory = {side: median(run["peak_memory"] for run in of_side) for side, of_side in runs.items()}
+
+    def speedup(side: str, other: str) -> float:
+        return median(rate(run) / rate(before) for run, before in zip(runs[side], runs[other], strict=True))
+
     padded, packed = ([step for run in runs[side] for step in run["steps"]] for side in PAIR)
     summary = {
         "tokens_per_second": tokens_per_second,
-        "speedup": tokens_per_second[TUNEBOOK] / tokens_per_second[TRL],
+        "speedup": speedup(TUNEBOOK, TRL),
         "peak_memory": peak_memory,
         "memory_ratio": peak_memory[TUNEBOOK] / peak_memory[TRL],
         "seconds_to_first_step": {
@@ -326,8 +331,8 @@ def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
     }
     if TRL_NO_CHECKPOINTING in runs:
         plain = TUNEBOOK_NO_CHECKPOINTING if record["case"]["selective"] else TUNEBOOK
-        for name, values in (("speedup", tokens_per_second), ("memory_ratio", peak_memory)):
-            summary[f"{name}_without_checkpointing"] = values[plain] / values[TRL_NO_CHECKPOINTING]
+        summary["speedup_without_checkpointing"] = rate(runs[plain][0]) / rate(runs[TRL_NO_CHECKPOINTING][0])
+        summary["memory_ratio_without_checkpointing"] = peak_memory[plain] / peak_memory[TRL_NO_CHECKPOINTING]
     if task == "sft":
         six_n = [operation_rate(run, task, size, shares=True, six_n=True) for run in runs[TUNEBOOK]]
         summary["matmul_share_6n"] = median(six_n) / matmul

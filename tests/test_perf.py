@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_model
+from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
+from trl import pack_dataset
 
 sys.path.insert(0, str(ROOT / "perf"))
 
@@ -26,15 +28,12 @@ def run(seconds: list[float], lengths: list[int], padded: int, memory: float, sh
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> dict:
-    """Results of two cases at toy size."""
-    results = {}
-    for case in ("dpo-shared-prompts", "sft-long-tail"):
-        folder = tmp_path_factory.mktemp("perf")
-        compare.main(["--quick", "--only", case, "--output", str(folder)])
-        (path,) = folder.glob("*.json")
-        assert path.with_suffix(".png").stat().st_size
-        results[case] = json.loads(path.read_text())
-    return results
+    """Results of a case at toy size."""
+    folder = tmp_path_factory.mktemp("perf")
+    compare.main(["--quick", "--only", "dpo-shared-prompts", "--output", str(folder)])
+    (results,) = folder.glob("*.json")
+    assert results.with_suffix(".png").stat().st_size
+    return json.loads(results.read_text())
 
 
 def test_a_summary_has_medians_of_runs():
@@ -48,7 +47,7 @@ def test_a_summary_has_medians_of_runs():
                 run([5, 5], [30, 10], 60, 8),
             ],
             TRL_NO_CHECKPOINTING: [run([1, 3], [30, 10], 60, 16.0)],
-            TUNEBOOK: [run([1, 1], [30, 10], 60, 4.0, shared=8)],
+            TUNEBOOK: [run([1, 1], [30, 10], 60, 4.0, shared=8)] * 3,
             TUNEBOOK_NO_CHECKPOINTING: [run([1, 0.6], [30, 10], 60, 6.0, shared=8)],
         },
     }
@@ -94,30 +93,32 @@ def test_the_page_shows_the_committed_results():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("case", "draw", "sides"),
-    [
-        ("dpo-shared-prompts", rows.shared_prompts, ("chosen", "rejected")),
-        ("sft-long-tail", rows.long_tail, ("completion",)),
-    ],
-)
-def test_both_sides_train_the_same_rows(quick, case, draw, sides):
+def test_both_sides_train_the_same_rows(quick):
     """In the steps that are timed: the prompt in both sides of a pair, and EOS after each."""
-    record = quick[case]["cases"][case]
-    drawn = draw(2 * record["case"]["steps"])
-    expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in drawn for side in sides)
+    record = quick["cases"]["dpo-shared-prompts"]
+    pairs = rows.shared_prompts(2 * record["case"]["steps"])
+    expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in pairs for side in ("chosen", "rejected"))
     for side in THREE:
         assert sorted(n for step in record["runs"][side][0]["steps"] for n in step["lengths"]) == expected
 
 
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_packed_rows_of_sft_are_an_epoch_of_so_many_steps(steps, tmp_path):
+    """So that an epoch of them has the rows of TRL's batches."""
+    rows.save_small_model(tmp_path, hidden_size=40, num_hidden_layers=1)
+    drawn = rows.long_tail(8 * steps)
+    length = compare.packed_length(drawn, tmp_path, steps)
+    tokens = [[0] * (len((row["prompt"] + row["completion"]).split()) + 1) for row in drawn]
+    assert len(pack_dataset(Dataset.from_dict({"input_ids": tokens}), length, "bfd")) == steps
+
+
 @pytest.mark.slow
 def test_the_ratios_are_those_of_the_raw_numbers(quick):
-    results = quick["dpo-shared-prompts"]
-    runs, rates = results["cases"]["dpo-shared-prompts"]["runs"], {}
+    runs, rates = quick["cases"]["dpo-shared-prompts"]["runs"], {}
     for side in (TRL, TUNEBOOK):
         steps = runs[side][0]["steps"]
         rates[side] = sum(sum(step["lengths"]) for step in steps) / sum(step["seconds"] for step in steps)
-    summary = compare.summarize_cases(results)["dpo-shared-prompts"]
+    summary = compare.summarize_cases(quick)["dpo-shared-prompts"]
     assert summary["speedup"] == pytest.approx(rates[TUNEBOOK] / rates[TRL])
     assert summary["memory_ratio"] == pytest.approx(runs[TUNEBOOK][0]["peak_memory"] / runs[TRL][0]["peak_memory"])
 
