@@ -83,7 +83,7 @@ def varlen_attention(
     if context is not None:
         return context.attend(attend, query, key, value, key_index), None
     if key_index is not None:
-        key, value = key[:, :, key_index], value[:, :, key_index]
+        key, value = key.index_select(2, key_index), value.index_select(2, key_index)
     return attend(query, key, value), None
 
 
