@@ -140,7 +140,7 @@ class Bench:
         return records
 
     def set_up(self, case: Case) -> dict[str, Any]:
-        batch, steps = (2, case.steps) if self.quick else (case.batch, case.steps)
+        batch, steps = 2 if self.quick else case.batch, case.steps
         drawn = self.draw_rows(case.rows, batch * steps)
         ours = rows.write(drawn, self.new_path())
         # TRL takes its rows as they stand, the short ones in a step that is not timed. Batches of packed pairs are
@@ -309,14 +309,10 @@ def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
     matmul = median(record["matmul_rates"])
     tokens_per_second = {side: median(map(rate, of_side)) for side, of_side in runs.items()}
     peak_memory = {side: median(run["peak_memory"] for run in of_side) for side, of_side in runs.items()}
-
-    def speedup(side: str, other: str) -> float:
-        return median(rate(run) / rate(before) for run, before in zip(runs[side], runs[other], strict=True))
-
     padded, packed = ([step for run in runs[side] for step in run["steps"]] for side in PAIR)
     summary = {
         "tokens_per_second": tokens_per_second,
-        "speedup": speedup(TUNEBOOK, TRL),
+        "speedup": median(rate(ours) / rate(trl) for ours, trl in zip(runs[TUNEBOOK], runs[TRL], strict=True)),
         "peak_memory": peak_memory,
         "memory_ratio": peak_memory[TUNEBOOK] / peak_memory[TRL],
         "seconds_to_first_step": {
@@ -491,10 +487,10 @@ def draw(results: dict[str, Any], file: Path) -> None:
     cases = summarize_cases(results)
     places = np.arange(len(cases))
     for i, side in enumerate((TRL, TRL_NO_CHECKPOINTING, TUNEBOOK)):
-        rates = [summary["tokens_per_second"] for summary in cases.values()]
-        ratios = [of_case.get(side, np.nan) / of_case[TRL] for of_case in rates]
-        if side == TUNEBOOK:
-            ratios = [summary["speedup"] for summary in cases.values()]
+        ratios = [summary["speedup"] for summary in cases.values()]
+        if side != TUNEBOOK:
+            rates = [summary["tokens_per_second"] for summary in cases.values()]
+            ratios = [of_case.get(side, np.nan) / of_case[TRL] for of_case in rates]
         bars = left.barh(places + 0.27 * (i - 1), ratios, height=0.25, label=side)
         left.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     left.set_yticks(places, cases)

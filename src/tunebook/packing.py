@@ -157,10 +157,9 @@ def pack_reward_model(
         )
     if packing:
         _set_packing(model, share_prefix, "keep_start", context)
-    model = classifier
-    model.base_model.register_forward_hook(_select_positions, with_kwargs=True)
+    classifier.base_model.register_forward_hook(_select_positions, with_kwargs=True)
 
-    @functools.wraps(type(model).forward)
+    @functools.wraps(type(classifier).forward)
     def forward(self, input_ids, attention_mask=None, **kwargs):
         attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         last = (attention_mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
@@ -187,7 +186,7 @@ def pack_reward_model(
         logits = self.get_submodule(heads[0])(hidden)
         return RewardOutput(logits=logits, aux_loss=aux_loss)
 
-    model.forward = types.MethodType(forward, model)
+    classifier.forward = types.MethodType(forward, classifier)
 
 
 def _take_share(context: ContextGroup, row: dict, positions: torch.Tensor) -> tuple[dict, torch.Tensor, torch.Tensor]:

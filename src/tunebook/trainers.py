@@ -223,9 +223,10 @@ class PackedPairs(MeasuredSpeed, ExactResume):
                 settings["world_size"] = self.args.world_size
             for name, value in settings.items():
                 if manifest[name] != value:
+                    before, now = (str(x).lower() for x in (manifest[name], value))
                     raise RecipeError(
-                        f"{checkpoint} was made with {name}: {str(manifest[name]).lower()}, and its pairs balanced by "
-                        f"tokens; with {str(value).lower()} their order is another."
+                        f"{checkpoint} was made with {name}: {before}, and its pairs balanced by tokens; with {now} "
+                        f"their order is another. Set {'num_processes' if name == 'world_size' else name}: {before}."
                     )
         position = super()._init_training_state(*args)
         if self.batches is not None:  # transformers cannot reach it behind the batches that a resumed run skips
