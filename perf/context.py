@@ -12,7 +12,6 @@ import ctypes
 import itertools
 import json
 import resource
-import sys
 import tempfile
 import time
 from importlib.metadata import version
@@ -23,15 +22,14 @@ import psutil
 import rows
 import torch
 import torch.distributed as dist
-from compare import PACKAGES, RESULTS, ROOT, Sheet, describe_machine
+from compare import PACKAGES, RESULTS, Sheet, describe_machine
 from measure import RSS_UNIT
 from rich.console import Console
 from transformers import AutoModelForCausalLM
 from trl.trainer.utils import add_fused_lm_head
 
-sys.path.insert(0, str(ROOT / "src"))
-from tunebook.context_parallel import ContextGroup  # noqa: E402
-from tunebook.packing import pack_causal_lm  # noqa: E402
+from tunebook.packing.context_parallel import ContextGroup
+from tunebook.packing.forward import pack_causal_lm
 
 M_MMAP_THRESHOLD = -3  # malloc.h
 

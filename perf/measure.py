@@ -74,7 +74,7 @@ class Recorder(TrainerCallback):
 def describe(batch: dict[str, torch.Tensor]) -> dict:
     """Of a batch: its places with the padding, the tokens of each row or document, how many of them the first row of
     the pair has too, and the positions that the LM head must score."""
-    from tunebook.packing import pack_rows  # late: TRL's side starts without it
+    from tunebook.packing.forward import pack_rows  # late: TRL's side starts without it
 
     if "attention_mask" not in batch:  # packed by TRL's collator
         lengths = batch["cu_seq_lens_q"].diff()

@@ -1,4 +1,4 @@
-"""Peak memory of training steps on the CPU against tunebook.memory's estimate of it.
+"""Peak memory of training steps on the CPU against tunebook.tools.memory's estimate of it.
 
 python perf/memory.py          every case; writes perf/results/memory-<machine>.json and the table of docs/preflight.md
 python perf/memory.py --docs   the table again, from perf/results
@@ -24,9 +24,9 @@ from compare import PACKAGES, RESULTS, ROOT, SCRIPTS, Sheet, describe_machine, w
 from rich.console import Console
 from transformers import AutoConfig, LlamaConfig
 
-from tunebook.memory import Batch, estimate
-from tunebook.preflight import settings
 from tunebook.recipe import parse
+from tunebook.tools.check import settings
+from tunebook.tools.memory import Batch, estimate
 
 DOCS = ROOT / "docs/preflight.md"
 SIZES = {

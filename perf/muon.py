@@ -20,11 +20,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "src"))
-import sft  # noqa: E402
-from tunebook.recipe import parse  # noqa: E402
+from tunebook.recipe import parse
+from tunebook.scripts import sft
 
+ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf/results/muon-gsm8k.json"
 ADAMW = (1e-4, 3e-4, 1e-3, 3e-3)
 MUON = (3e-4, 1e-3, 3e-3, 1e-2)  # times the factor

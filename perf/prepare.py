@@ -15,8 +15,8 @@ import datasets
 import trl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tunebook.data import load_data
-from tunebook.models import load_tokenizer
+from tunebook.data import load_data, read_sources
+from tunebook.data.tokenizer import load_tokenizer
 from tunebook.recipe import parse
 
 TRL = {
@@ -53,10 +53,10 @@ def prepare_with_trl(task: str, model: str, rows: str, split: str, output_dir: s
 
 def prepare_with_tunebook(task: str, model: str, rows: str, split: str, output_dir: str) -> float:
     recipe = {"model_name_or_path": model, "dataset_name": rows, "dataset_train_split": split}
-    script_args, training_args, _ = parse(task, {**recipe, "output_dir": output_dir, "use_cpu": True}).args
+    recipe = parse(task, {**recipe, "output_dir": output_dir, "use_cpu": True})
     tokenizer = load_tokenizer(model, distinct_pad=task == "rm")
     start = time.perf_counter()
-    load_data(task, script_args, training_args, tokenizer)
+    load_data(recipe, read_sources(recipe), tokenizer)
     return time.perf_counter() - start
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
-from tunebook.memory import Batch, estimate
-from tunebook.preflight import read_sharding
+from tunebook.tools.check import read_sharding
+from tunebook.tools.memory import Batch, estimate
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}

@@ -8,20 +8,21 @@ import sys
 from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
-from tunebook.models import load_model, load_reference
-from tunebook.recipe import Recipe, parse_command_line, report_mistakes
-from tunebook.run import fit, prepare
-from tunebook.trainers import DPOTrainer
+from tunebook.errors import exit_on_error
+from tunebook.recipe import Recipe, parse_command_line
+from tunebook.tools.check import check
+from tunebook.training import DPOTrainer, fit, load_model, load_reference, prepare
 
 
 def main(recipe: Recipe) -> DPOTrainer:
-    _, training_args, model_args = recipe.args
+    if recipe.training.dry_run:
+        raise SystemExit(check(recipe))
     run = prepare(recipe)
-    peft_config = get_peft_config(model_args)
+    peft_config = get_peft_config(recipe.model)
     trainer = DPOTrainer(
         model=load_model(AutoModelForCausalLM, recipe, run.tokenizer, peft_config),
         ref_model=load_reference(recipe, run.tokenizer),
-        args=training_args,
+        args=recipe.training,
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         processing_class=run.tokenizer,
@@ -33,5 +34,5 @@ def main(recipe: Recipe) -> DPOTrainer:
 
 
 if __name__ == "__main__":
-    with report_mistakes():
+    with exit_on_error():
         main(parse_command_line("dpo", sys.argv[1:]))

@@ -8,32 +8,30 @@ import sys
 from transformers import AutoModelForSequenceClassification
 from trl import get_peft_config
 
-from tunebook.models import load_model
-from tunebook.recipe import Recipe, parse_command_line, report_mistakes
-from tunebook.rewards import pair_benchmarks
-from tunebook.run import fit, prepare
-from tunebook.trainers import RewardTrainer
+from tunebook.errors import exit_on_error
+from tunebook.recipe import Recipe, parse_command_line
+from tunebook.tools.check import check
+from tunebook.training import RewardTrainer, fit, load_model, prepare
 
 
 def main(recipe: Recipe) -> RewardTrainer:
-    script_args, training_args, model_args = recipe.args
+    if recipe.training.dry_run:
+        raise SystemExit(check(recipe))
     run = prepare(recipe)
-    peft_config = get_peft_config(model_args)
+    peft_config = get_peft_config(recipe.model)
     trainer = RewardTrainer(
         model=load_model(AutoModelForSequenceClassification, recipe, run.tokenizer, peft_config),
-        args=training_args,
+        args=recipe.training,
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         processing_class=run.tokenizer,
         peft_config=peft_config,
         record=run.record,
     )
-    if training_args.benchmarks:
-        trainer.add_callback(pair_benchmarks(trainer, run.tokenizer, training_args.benchmarks, script_args))
     fit(trainer, run)
     return trainer
 
 
 if __name__ == "__main__":
-    with report_mistakes():
+    with exit_on_error():
         main(parse_command_line("rm", sys.argv[1:]))

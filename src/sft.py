@@ -8,19 +8,20 @@ import sys
 from transformers import AutoModelForCausalLM
 from trl import get_peft_config
 
-from tunebook.models import load_model
-from tunebook.recipe import Recipe, parse_command_line, report_mistakes
-from tunebook.run import fit, prepare
-from tunebook.trainers import SFTTrainer
+from tunebook.errors import exit_on_error
+from tunebook.recipe import Recipe, parse_command_line
+from tunebook.tools.check import check
+from tunebook.training import SFTTrainer, fit, load_model, prepare
 
 
 def main(recipe: Recipe) -> SFTTrainer:
-    _, training_args, model_args = recipe.args
+    if recipe.training.dry_run:
+        raise SystemExit(check(recipe))
     run = prepare(recipe)
-    peft_config = get_peft_config(model_args)
+    peft_config = get_peft_config(recipe.model)
     trainer = SFTTrainer(
         model=load_model(AutoModelForCausalLM, recipe, run.tokenizer, peft_config),
-        args=training_args,
+        args=recipe.training,
         train_dataset=run.data.train,
         eval_dataset=run.data.eval,
         processing_class=run.tokenizer,
@@ -32,5 +33,5 @@ def main(recipe: Recipe) -> SFTTrainer:
 
 
 if __name__ == "__main__":
-    with report_mistakes():
+    with exit_on_error():
         main(parse_command_line("sft", sys.argv[1:]))

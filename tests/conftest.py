@@ -10,15 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "src"))
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 os.environ |= {"TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
-import torch  # noqa: E402
-from safetensors.torch import load_file  # noqa: E402
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers  # noqa: E402
-from tokenizers.decoders import ByteLevel  # noqa: E402
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: E402
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "what is two plus three? five. one and four make five too."]
 TEMPLATE = (
@@ -135,16 +134,16 @@ def launch_command(script: str, *arguments, config: str = "cpu", processes: int 
 
 
 def launch(script: str, *arguments, config: str = "cpu", processes: int = 1, timeout: int = 300, **popen):
-    """Runs [`launch_command`]; returns the finished process."""
+    """Runs [`launch_command`]; returns the finished process. A script finds the modules of src/ and tests/."""
     command = launch_command(script, *arguments, config=config, processes=processes)
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, **popen)
+    env = dict(popen.pop("env", os.environ))
+    env["PYTHONPATH"] = f"{ROOT / 'src'}:{ROOT / 'tests'}:{env.get('PYTHONPATH', '')}"
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=timeout, env=env, **popen)
 
 
 def launch_runs(runs: list[tuple[str, dict]], config: str, processes: int) -> subprocess.CompletedProcess:
     """Runs of a task and its recipe, one after the other in the same processes, which take half a minute to start."""
-    path = f"{ROOT / 'src'}:{os.environ.get('PYTHONPATH', '')}"
-    arguments = {"config": config, "processes": processes, "timeout": 600, "env": {**os.environ, "PYTHONPATH": path}}
-    done = launch("tests/runs.py", json.dumps(runs), **arguments)
+    done = launch("tests/runs.py", json.dumps(runs), config=config, processes=processes, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
 

@@ -8,8 +8,8 @@ import yaml
 from conftest import ROOT
 from typer.testing import CliRunner
 
-from tunebook.cli import app
 from tunebook.recipe import TASKS, parse, read_command_line, read_recipe
+from tunebook.tools.cli import app
 
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), ROOT / "recipes" / "README.md"]
 

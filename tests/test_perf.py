@@ -1,22 +1,18 @@
 """perf/compare.py: its arithmetic on made-up numbers, and one case at toy size in real processes."""
 
 import json
-import sys
 
+import compare
 import numpy as np
 import pytest
+import rows
 import torch
-from conftest import ROOT, build_model
+from compare import FOUR, THREE, TRL, TRL_NO_CHECKPOINTING, TUNEBOOK, TUNEBOOK_NO_CHECKPOINTING
+from conftest import build_model
 from datasets import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer
 from trl import pack_dataset
-
-sys.path.insert(0, str(ROOT / "perf"))
-
-import compare  # noqa: E402
-import rows  # noqa: E402
-from compare import FOUR, THREE, TRL, TRL_NO_CHECKPOINTING, TUNEBOOK, TUNEBOOK_NO_CHECKPOINTING  # noqa: E402
 
 
 def run(seconds: list[float], lengths: list[int], padded: int, memory: float, shared: int = 0) -> dict:

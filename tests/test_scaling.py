@@ -1,12 +1,7 @@
 """docs/scaling.md: its tables are what `tunebook check` estimates."""
 
-import sys
-
 import pytest
-from conftest import ROOT
-
-sys.path.insert(0, str(ROOT / "perf"))
-import scaling  # noqa: E402
+import scaling
 
 LINES = scaling.PAGE.read_text().splitlines()
 ROWS = [line for line in LINES if scaling.ROW.fullmatch(line)]

@@ -3,9 +3,8 @@
 From Python, with the recipe's keys as arguments: `from tunebook import dpo; dpo(model_name_or_path=..., beta=0.2)`.
 """
 
-import importlib.util
+import importlib
 import logging
-from pathlib import Path
 from typing import Any
 
 __version__ = "0.1.0"
@@ -15,26 +14,22 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 def run_script(task: str, keys: dict[str, Any]):
+    """Run a task's script, "sft", "rm" or "dpo", on a recipe's keys; return its trainer."""
     from .recipe import parse
 
-    here = Path(__file__).parent
-    path = here.parent / f"{task}.py"  # a checkout; an installed package carries the scripts inside
-    spec = importlib.util.spec_from_file_location(task, path if path.exists() else here / "scripts" / f"{task}.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script.main(parse(task, keys))
+    return importlib.import_module(f".scripts.{task}", __name__).main(parse(task, keys))
 
 
 def sft(**keys):
-    """The run of src/sft.py; returns the trainer. Raises RecipeError (a ValueError) for keys that it would refuse."""
+    """Run src/sft.py; return the trainer. Raises RecipeError (a ValueError) for keys that it would refuse."""
     return run_script("sft", keys)
 
 
 def rm(**keys):
-    """The run of src/rm.py; see [`sft`]."""
+    """Run src/rm.py; see [`sft`]."""
     return run_script("rm", keys)
 
 
 def dpo(**keys):
-    """The run of src/dpo.py; see [`sft`]."""
+    """Run src/dpo.py; see [`sft`]."""
     return run_script("dpo", keys)

@@ -18,7 +18,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from .recipe import RecipeError
+from .errors import RecipeError
 
 logger = logging.getLogger(__name__)
 

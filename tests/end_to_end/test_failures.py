@@ -1,17 +1,14 @@
 """A disk that fills in the middle of a save, made of a small tmpfs."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, assert_same_weights, launch, options
+from conftest import assert_same_weights, launch, options
 
 from tunebook.checkpoints import MANIFEST, DiskFullError
 from tunebook.recipe import parse
-
-sys.path.insert(0, str(ROOT / "src"))
-import sft  # noqa: E402
+from tunebook.scripts import sft
 
 pytestmark = pytest.mark.slow
 PAGE = 4096

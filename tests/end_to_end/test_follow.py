@@ -77,7 +77,7 @@ def test_a_hub_that_is_down_stops_nothing_and_the_run_says_what_to_push(tiny, sf
     assert "v1-step-000000002" in done.stderr and f"tunebook push {tmp_path / 'o'}" in done.stderr
     with HubServer() as hub:
         env["HF_ENDPOINT"] = hub.url
-        push = [sys.executable, "-c", "from tunebook.cli import app; app()", "push", str(tmp_path / "o")]
+        push = [sys.executable, "-c", "from tunebook.tools.cli import app; app()", "push", str(tmp_path / "o")]
         env["PYTHONPATH"] = str(ROOT / "src")
         subprocess.run(push, env=env, check=True, timeout=120)
         assert {f"v1-step-{step:09d}" for step in (2, 4, 6)} | {"v1"} <= set(hub.repos["me/notes"].branches)

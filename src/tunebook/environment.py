@@ -1,0 +1,91 @@
+"""What the launcher's environment says: ranks, FSDP, DeepSpeed. No other module reads it."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+# With what launchers set, lm-eval would wait for the other ranks of a job that it is not part of
+LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "SLURM_")
+LAUNCHER_VARIABLES = {
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE"),
+}
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How accelerate spreads a run.
+
+    Attributes:
+        engine: "none", "ddp", "deepspeed" or "fsdp".
+        stage: ZeRO's stage; 3 under FSDP.
+    """
+
+    engine: str = "none"
+    processes: int = 1
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_weights: bool = False
+
+    @property
+    def is_zero3(self) -> bool:
+        return self.engine == "deepspeed" and self.stage == 3
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def shows_tracebacks() -> bool:
+    return os.environ.get("TUNEBOOK_LOG_LEVEL", "").lower() == "debug"
+
+
+def uses_fsdp() -> bool:
+    return os.environ.get("ACCELERATE_USE_FSDP") == "true"
+
+
+def fsdp_version() -> int:
+    return int(os.environ.get("FSDP_VERSION", 1))
+
+
+def offloads_fsdp() -> bool:
+    return os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
+
+
+def uses_parallelism_config() -> bool:
+    """Whether the accelerate config has a parallelism_config (cp_size, tp_size, ...)."""
+    return os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
+
+
+def launched_sharding(args: Any) -> Sharding:
+    """Return the sharding of the launch that `args`, a `TrainingArguments`, was built in."""
+    if args.deepspeed_plugin is not None:
+        return zero_sharding(args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}), args.world_size)
+    if uses_fsdp():
+        return Sharding("fsdp", args.world_size, 3, offloads_fsdp(), offloads_fsdp())
+    return unsharded(args.world_size)
+
+
+def zero_sharding(zero: Mapping[str, Any], processes: int) -> Sharding:
+    """Return the sharding of a DeepSpeed config's `zero_optimization`."""
+    offloads = [(zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme") for what in ("optimizer", "param")]
+    return Sharding("deepspeed", processes, zero.get("stage", 0), *offloads)
+
+
+def unsharded(processes: int) -> Sharding:
+    return Sharding("ddp" if processes > 1 else "none", processes)
+
+
+def without_launcher(variables: Mapping[str, str], device: str | None = None) -> dict[str, str]:
+    """Return `variables` without those of the launcher or the Slurm job around this process.
+
+    Args:
+        device: CUDA_VISIBLE_DEVICES of the result. Default: unchanged.
+    """
+    kept = {
+        name: value
+        for name, value in variables.items()
+        if name == "SLURM_CONF" or not (name in LAUNCHER_VARIABLES or name.startswith(LAUNCHER_PREFIXES))
+    }
+    return kept if device is None else {**kept, "CUDA_VISIBLE_DEVICES": device}

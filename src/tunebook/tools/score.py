@@ -1,0 +1,50 @@
+"""Rewards of texts by a trained reward model."""
+
+import json
+import logging
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data.layouts import choose_columns
+from ..data.rendering import Renderer, RenderSettings
+from ..data.sources import load_source
+from ..errors import RecipeError
+from ..following.pairs import render_ids, score_ids
+from ..packing.forward import pack_reward_model
+from ..training.models import load_reward_model
+
+logger = logging.getLogger(__name__)
+
+
+def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A reward model that reads the reward at the last token of a row, whatever its pad token is."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = load_reward_model(name)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
+    pack_reward_model(model, packing=False)
+    return model.eval(), tokenizer
+
+
+def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> int:
+    """Write the rows of a file (messages, or prompt and completion, or text) to `out` as JSON lines, each with its
+    `reward` and, when the model is calibrated, `normalized_reward` = (reward - mean) / std. Returns the number of rows.
+
+    Raises:
+        RecipeError: when the model or the file cannot be read, or a row cannot be scored (which one, and why).
+    """
+    model, tokenizer = load_scorer(model_name)
+    rows = load_source(path, "train")
+    renderer = Renderer(RenderSettings("sft", tokenizer, None, choose_columns("sft", rows.column_names, {})))
+    rewards = score_ids(model, render_ids(rows, renderer, path), batch_size)
+    mean, std = (model.config.to_dict().get(name) for name in ("mean", "std"))
+    with open(out, "w", encoding="utf-8") as file:
+        for row, reward in zip(rows, rewards, strict=True):
+            normalized = {"normalized_reward": (reward - mean) / std} if std else {}
+            file.write(json.dumps({**row, "reward": reward, **normalized}, ensure_ascii=False) + "\n")
+    logger.info("%d rewards in %s, from %.3f to %.3f.", len(rewards), out, min(rewards), max(rewards))
+    return len(rewards)

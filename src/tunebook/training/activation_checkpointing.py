@@ -1,0 +1,56 @@
+"""`activation_checkpointing_kwargs: {selective: true}`: a layer keeps what is dear to compute again, and recomputes the
+rest in the backward pass. TRL 1.16 has the key for SFT, where only the output of attention is kept."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+from transformers import PreTrainedModel
+
+from ..errors import RecipeError
+
+WEIGHT_ARGUMENT = {"aten.mm.default": 1, "aten.addmm.default": 2, "aten._grouped_mm.default": 1}
+
+
+def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+    """Attention is kept, as in TRL, and of the matrix products, which torchtitan keeps, those that are wider than their
+    input: gate and up, half of a Llama's layer. Down, the last, is never asked for again; the rest is a quarter. LoRA's
+    B, more than eight times as wide as its input, is cheap for its size."""
+    name = str(op)
+    if name in WEIGHT_ARGUMENT:
+        inputs, outputs = args[WEIGHT_ARGUMENT[name]].shape[-2:]
+        keep = inputs < outputs <= 8 * inputs
+    else:
+        keep = "attention" in name or "attn" in name
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def accept_selective(model: PreTrainedModel) -> None:
+    """Let `selective` be among the keywords that checkpointing of `model` is enabled with, whoever enables it: the
+    trainer, or what has disabled it to generate or to score with the reference. These enable it again with the recipe's
+    keywords as they are, while transformers 5.23 knows `every_n_layers` and `offload` only where its trainer does.
+
+    Raises:
+        RecipeError: when it is enabled, for `selective` with `use_reentrant`, and for `offload` on a CPU.
+    """
+    enable = model._activation_checkpointing_enable
+
+    def enable_selective(options: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False) -> None:
+        options = {"use_reentrant": False, "every_n_layers": every_n_layers, "offload": offload, **(options or {})}
+        every_n_layers, offload = options.pop("every_n_layers"), options.pop("offload")
+        if offload and not torch.accelerator.is_available():
+            raise RecipeError(
+                "`activation_checkpointing_kwargs`: offload moves activations from an accelerator to the CPU, and "
+                "there is no accelerator. Leave it out."
+            )
+        if options.pop("selective", False):
+            if options["use_reentrant"]:
+                raise RecipeError(
+                    "`activation_checkpointing_kwargs`: selective needs use_reentrant: false, but it is true (under "
+                    "ZeRO-3 with LoRA, always). Leave out one of them."
+                )
+            options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
+        enable(options, every_n_layers, offload)
+
+    model._activation_checkpointing_enable = enable_selective

@@ -1,0 +1,152 @@
+"""Muon on the hidden matrices, AdamW on the rest, as one optimizer (`optim: muon`)."""
+
+import logging
+import math
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainingArguments
+
+from ..environment import launched_sharding
+from ..errors import user_errors
+
+logger = logging.getLogger(__name__)
+
+
+class MuonWithAdamW(torch.optim.Optimizer):
+    """torch's Muon for the groups with `use_muon`, torch's AdamW for the others: one list of groups for the schedule,
+    one state for the checkpoint."""
+
+    def __init__(self, groups: list[dict[str, Any]]):
+        self.parts = {
+            True: torch.optim.Muon([group for group in groups if group["use_muon"]]),
+            False: torch.optim.AdamW([group for group in groups if not group["use_muon"]], fused=True),
+        }
+        super().__init__(self.parts[False].param_groups + self.parts[True].param_groups, {})
+
+    def step(self, closure=None):
+        loss = None if closure is None else torch.enable_grad()(closure)()
+        for uses_muon, part in self.parts.items():
+            # load_state_dict and FSDP put others in their place
+            part.param_groups = [group for group in self.param_groups if group["use_muon"] is uses_muon]
+            part.state = self.state
+            part.step()
+        return loss
+
+
+def hidden_matrices(model: PreTrainedModel | PeftModel) -> set[torch.nn.Parameter]:
+    """Weights that Muon trains: those of the backbone's linear layers that are trained as a whole.
+
+    Embeddings are no linear layers, LM heads and reward heads no part of the backbone. LoRA's matrices are factors of
+    an update, not weights. Routers of a mixture of experts choose classes, as a head does; like stacked experts they
+    are no linear layers in transformers 5 (AFMoE's router is one, and goes to Muon).
+    """
+    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    return {
+        module.weight
+        for name, module in backbone.named_modules()
+        if isinstance(module, torch.nn.Linear) and module.weight.requires_grad and "lora_" not in name
+    }
+
+
+def build_muon(
+    model: PreTrainedModel | PeftModel, args: TrainingArguments, decayed: list[str]
+) -> torch.optim.Optimizer:
+    """The optimizer of `model`; under DeepSpeed its own Muon, since ZeRO's shards are no matrices. `decayed`: names of
+    the parameters with `weight_decay`, as the Trainer has them.
+
+    Raises:
+        ValueError: when there is nothing for Muon to train.
+    """
+    hidden = hidden_matrices(model)
+    if not hidden:
+        raise ValueError(
+            "`optim: muon` has nothing to train: no linear layer of the model's body is trained as a whole. Take "
+            "another optimizer."
+        )
+    learning_rate, weight_decay = args.muon_learning_rate, args.muon_weight_decay
+    if learning_rate is None:
+        learning_rate = args.learning_rate * 0.2 * math.sqrt(model.config.get_text_config().hidden_size)
+    muon = {
+        "use_muon": True,
+        "lr": learning_rate,
+        "momentum": args.muon_momentum,
+        "weight_decay": args.weight_decay if weight_decay is None else weight_decay,
+    }
+    adamw = {
+        "use_muon": False,
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    rest = {name: p for name, p in trained.items() if p not in hidden}
+    groups = [
+        {**adamw, "params": [p for name, p in rest.items() if name in decayed], "weight_decay": args.weight_decay},
+        {**adamw, "params": [p for name, p in rest.items() if name not in decayed], "weight_decay": 0.0},
+        {**muon, "params": [p for p in trained.values() if p in hidden]},
+    ]
+    log_groups(groups, args.max_grad_norm)
+    groups = [group for group in groups if group["params"]]
+    if args.deepspeed_plugin is None:
+        return MuonWithAdamW(groups)
+    from deepspeed.runtime.zero.muon.muon_optimizer import MuonWithAuxAdam
+
+    if launched_sharding(args).is_zero3:  # its Muon needs whole gradients
+        args.deepspeed_plugin.deepspeed_config["zero_optimization"]["reduce_scatter"] = False
+
+    # DeepSpeed's own rule, by name, would take reward heads and LoRA; it does not run for an optimizer made here
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.use_muon = group["use_muon"]
+    return MuonWithAuxAdam(groups, torch.optim.AdamW, {"fused": True})
+
+
+def log_groups(groups: list[dict[str, Any]], max_grad_norm: float) -> None:
+    """How many parameters and which learning rate each side got, and what may surprise."""
+    shapes = [[parameter_shape(p) for p in group["params"]] for group in groups]
+    sizes = [sum(map(math.prod, group)) for group in shapes]
+    logger.info(
+        "Muon trains %s parameters in %d matrices (learning rate %.3g), AdamW %s (%.3g).",
+        f"{sizes[-1]:,}",
+        len(shapes[-1]),
+        groups[-1]["lr"],
+        f"{sum(sizes[:-1]):,}",
+        groups[0]["lr"],
+    )
+    stacked = sum(math.prod(shape) for group in shapes[:-1] for shape in group if len(shape) > 2)
+    if stacked:
+        logger.warning("%s parameters of AdamW's are stacked experts: Muon takes single matrices.", f"{stacked:,}")
+    if max_grad_norm:
+        logger.warning(
+            "max_grad_norm %g hardly limits the hidden matrices: Muon's step is as large for a small gradient as for a "
+            "large one. It limits the rest.",
+            max_grad_norm,
+        )
+
+
+def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
+    """Its shape in the layer; ZeRO-3 leaves an empty parameter in its place."""
+    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
+
+
+class MuonMixin:
+    """Mixin before a TRL trainer that has `optim: muon` and logs its learning rate."""
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        if self.args.optim == "muon" and self.optimizer is None:
+            model = self.model if model is None else model
+            with user_errors():
+                self.optimizer = build_muon(model, self.args, self.get_decay_parameter_names(model))
+        return super().create_optimizer(model)
+
+    def _get_learning_rate(self) -> float:
+        if self.args.optim == "muon":  # read when the other is, before the schedule's next step
+            self.muon_learning_rate = self.optimizer.param_groups[-1]["lr"]
+        return super()._get_learning_rate()
+
+    def log(self, logs: dict[str, float], *args) -> None:
+        if self.args.optim == "muon" and "learning_rate" in logs:
+            logs["muon_learning_rate"] = self.muon_learning_rate
+        super().log(logs, *args)

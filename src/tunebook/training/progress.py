@@ -1,0 +1,195 @@
+"""What one sees while it trains: a line with loss, speed, time left and the next checkpoint; tokens a second and, on a
+GPU whose peak is known, model FLOPs utilization (MFU) in every log."""
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers.trainer_pt_utils import get_model_param_count
+from trl.trainer.utils import get_peak_flops
+
+from ..following.trackers import COUNTERS
+from ..packing.batches import pair_lengths
+
+logger = logging.getLogger(__name__)
+
+# ---- The line ------------------------------------------------------------------------------------------------------
+
+
+class Progress(ProgressCallback):
+    """A live line on a terminal; elsewhere, or with `disable_tqdm`, a plain line at each logging step. Evaluations are
+    a line of their own. On rank 0."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            self.start, self.first_step = time.monotonic(), state.global_step
+            self.training_bar = tqdm(
+                total=state.max_steps,
+                initial=state.global_step,
+                disable=args.disable_tqdm or None,  # None: where stderr is not a terminal
+                dynamic_ncols=True,
+                bar_format="{n_fmt}/{total_fmt} {bar:20} {remaining} left{postfix}",
+            )
+        self.current_step = state.global_step
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm and sys.stderr.isatty():
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        place = f"step {state.global_step}/{state.max_steps}"
+        evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if evaluation:
+            shown = (f"{name} {value:.4g}" for name, value in evaluation.items() if name not in COUNTERS)
+            self.say(f"{place}  evaluation: {', '.join(shown)}")
+        elif "loss" in logs and self.training_bar is not None:
+            speed = [f"loss {logs['loss']:.4g}", f"{logs['tokens_per_second']:,.0f} tokens/s"]
+            speed += [f"MFU {logs['mfu']:.1%}"] if "mfu" in logs else []
+            checkpoint = next_checkpoint(args, state)
+            if self.training_bar.disable:
+                seconds = (time.monotonic() - self.start) / max(state.global_step - self.first_step, 1)
+                left = tqdm.format_interval(seconds * (state.max_steps - state.global_step))
+                self.say("  ".join([place, *speed, f"{left} left", *checkpoint]))
+            else:
+                self.training_bar.set_postfix_str("  ".join([*speed, *checkpoint]))
+
+    def say(self, line: str) -> None:
+        if self.training_bar is None or self.training_bar.disable:
+            logger.info(line)
+        else:
+            self.training_bar.write(line, file=sys.stderr)
+
+
+def next_checkpoint(args, state) -> list[str]:
+    """When the next checkpoint is saved, to be said; empty where that is not known or there is none."""
+    if args.save_strategy == "steps":
+        step = math.ceil(state.global_step / state.save_steps) * state.save_steps
+        return [f"checkpoint at {min(step, state.max_steps)}"]
+    if args.save_strategy == "epoch":
+        return [f"checkpoint after epoch {math.ceil(state.epoch)}"]
+    return []
+
+
+def show_progress(trainer: Trainer) -> None:
+    """Put our line in the place of transformers', which prints each log as a dict."""
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(Progress())
+
+
+# ---- The speed -----------------------------------------------------------------------------------------------------
+
+
+class ThroughputMixin:
+    """Mixin before a TRL trainer that logs `tokens_per_second`, over all devices, counting both sides of a pair, and on
+    CUDA `mfu`. The time of evaluations and saves is not counted."""
+
+    since: float | None = None  # start of what the next log measures, later by the pauses in it
+    counted = 0  # tokens before that
+    shares_prefix = False
+    reference_passes = 0  # of a model of the same size, per step
+
+    def training_step(self, *args, **kwargs):
+        if self.since is None:
+            self.since = time.perf_counter()
+        return super().training_step(*args, **kwargs)
+
+    @contextmanager
+    def _pause(self) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        if self.since is not None:
+            self.since += time.perf_counter() - start
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self._pause():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        with self._pause():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs:
+            now = time.perf_counter()
+            rate = (self._total_train_tokens - self.counted) / (now - self.since)
+            logs["tokens_per_second"] = round(rate, 1)
+            if self.flops_per_token is not None:
+                logs["mfu"] = rate * self.flops_per_token / (peak_flops() * self.args.world_size)
+            self.since, self.counted = now, self._total_train_tokens
+        super().log(logs, *args, **kwargs)
+
+    @cached_property
+    def flops_per_token(self) -> float | None:
+        """None, said once, where there is no MFU."""
+        if not torch.cuda.is_available():
+            return None
+        if peak_flops() is None:
+            logger.info("No MFU: the peak of %s is not known.", torch.cuda.get_device_name())
+            return None
+        model = self.accelerator.unwrap_model(self.model)
+        if "num_experts_per_tok" in model.config.get_text_config().to_dict():
+            logger.info("No MFU: which experts of a mixture run is not counted.")
+            return None
+        length, share = token_lengths(self.train_dataset, self.args.max_length, self.shares_prefix)
+        return share * model_flops(model, length, self.reference_passes)
+
+
+def peak_flops() -> float | None:
+    """Return the FLOP/s of this GPU's dense bf16 matrix products; None where TRL does not know them."""
+    return get_peak_flops(torch.cuda.get_device_name(), "bfloat16")
+
+
+def token_lengths(dataset: Dataset, max_length: int | None, shares_prefix: bool) -> tuple[float, float]:
+    """Of a token, the mean length of the row that it is in; and the share of tokens that are run."""
+    if "chosen_ids" in dataset.column_names:
+        tokens, saved = pair_lengths(dataset, max_length)
+        lengths, share = tokens / 2, 1 - shares_prefix * saved.sum() / tokens.sum()
+    else:
+        packed = "seq_lengths" in dataset.column_names  # by TRL
+        column, take = ("seq_lengths", pc.list_flatten) if packed else ("input_ids", pc.list_value_length)
+        tables = dataset.select_columns(column).with_format("arrow").iter(batch_size=10_000)
+        lengths, share = np.concatenate([take(table[column]) for table in tables]).astype(float), 1.0
+    return float((lengths**2).sum() / lengths.sum()), float(share)
+
+
+def model_flops(model: torch.nn.Module, length: float, reference_passes: int = 0) -> float:
+    """FLOPs that a trained token takes; 6N + 12LHQT in full training (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+
+    Forward 2N and 4LHQT for attention, which is counted without its causal mask; as much for the gradients of the
+    activations (attention twice that), and 2 for each parameter that is trained: about 4N with LoRA. N is of matrix
+    products: an untied embedding is a look-up. Activations that are computed again, and positions without a label that
+    the LM head does not score, make no difference, as is usual.
+
+    Args:
+        length: T, tokens of the row.
+        reference_passes: forward passes of a reference model of the same size: 1 in DPO, 8N.
+    """
+    adapted = isinstance(model, PeftModel)
+    if adapted:  # counts quantized weights right
+        trained, total = model.get_nb_trainable_parameters()
+    else:
+        trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
+    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head is None or head.weight is not embeddings.weight:
+        looked_up = get_model_param_count(embeddings)
+        total, trained = total - looked_up, trained - looked_up * embeddings.weight.requires_grad
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    width = heads * (config.to_dict().get("head_dim") or config.hidden_size // heads)
+    attention = 4 * config.num_hidden_layers * width * length
+    passed = 1.0 if adapted else trained / total  # the gradient stops at the lowest layer that is trained
+    return (1 + reference_passes) * (2 * total + attention) + passed * (2 * total + 2 * attention) + 2 * trained

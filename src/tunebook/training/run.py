@@ -1,0 +1,207 @@
+"""The life of a run that the three tasks share: [`prepare`] before the trainer is built, [`fit`] after."""
+
+import ctypes
+import json
+import logging
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import transformers
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.trainer_utils import TrainOutput
+
+from .. import checkpoints
+from ..data import Data, load_recipe_data
+from ..data.loading import fingerprint
+from ..errors import user_errors
+from ..files import write_yaml
+from ..following import build_callbacks, finish_callbacks, report_run, validate_callbacks
+from ..following.generations import TABLE, Prompt, load_prompts
+from ..following.report import RECORD_FILE
+from ..following.scores import ROWS_FILE
+from ..following.trackers import set_wandb_environment
+from ..recipe import Recipe
+from ..recipe.configs import CausalLMConfig, count_groups, has_fast_bf16
+from .models import check_model
+from .progress import show_progress
+from .trainers import RunMixin
+
+logger = logging.getLogger(__name__)
+
+VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
+
+
+@dataclass
+class Run:
+    """What [`prepare`] settled.
+
+    Attributes:
+        checkpoint: the one to resume from.
+        record: what the run is made of, for the checkpoints' manifests.
+        prompts: of `eval_prompts`.
+    """
+
+    recipe: Recipe
+    tokenizer: PreTrainedTokenizerBase
+    data: Data
+    checkpoint: Path | None
+    record: dict[str, Any]
+    prompts: Sequence[Prompt]
+
+
+def prepare(recipe: Recipe) -> Run:
+    """Do all that comes before the model: logs, seed, trackers, the resolved recipe, tokenizer and data.
+
+    Raises:
+        RecipeError: for a model, tokenizer, data set or checkpoint that does not fit the recipe.
+    """
+    args = recipe.training
+    set_up_logging(args)
+    with user_errors():
+        count_groups(args.world_size, args.context_parallel_size)
+    set_seed(args.seed)
+    output_dir = Path(args.output_dir)
+    checkpoint = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
+    with user_errors(ConnectionError):
+        set_wandb_environment(args.report_to, args.wandb_entity, args.wandb_project, args.wandb_run_group)
+        validate_callbacks(args, resumes=checkpoint is not None)
+    check_model(recipe.model.model_name_or_path, recipe.model.model_revision, args.trust_remote_code)
+    log_resolved(recipe)
+    tokenizer, data = load_recipe_data(recipe)
+    record = make_record(recipe, data)
+    if checkpoint is not None:
+        deepspeed = args.deepspeed_plugin is not None
+        checkpoints.check_resume(checkpoint, record, args.force_resume, deepspeed)
+        record["resumed_from"] = [*checkpoints.read_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
+        logger.info("Resuming from %s (resume_from_checkpoint: %s).", checkpoint, args.resume_from_checkpoint)
+    if PartialState().is_main_process:
+        write_record(recipe, record, data)
+    prompts = []
+    if isinstance(args, CausalLMConfig) and args.eval_prompts:
+        with user_errors():
+            prompts = load_prompts(args.eval_prompts, data.raw_eval or {})
+    return Run(recipe, tokenizer, data, checkpoint, record, prompts)
+
+
+def make_record(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """Return what a run is made of: with another model, other data or another seed it is another run."""
+    args = recipe.training
+    return {
+        "task": recipe.task,
+        "model": recipe.model.model_name_or_path,
+        "data": fingerprint(data.train),
+        "seed": args.seed if args.data_seed is None else args.data_seed,
+        "max_tokens_per_batch": None if recipe.task == "sft" else args.max_tokens_per_batch,
+        "recipe": recipe.given,
+        "rows": {split: str(counts) for split, counts in data.counts.items()},
+        "versions": {name: version(name) for name in VERSIONS},
+        "resumed_from": [],
+    }
+
+
+def write_record(recipe: Recipe, record: dict[str, Any], data: Data) -> None:
+    """Write recipe, record and row counts to output_dir. A run that starts anew sets aside what an earlier one left."""
+    output_dir = Path(recipe.training.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if recipe.training.resume_from_checkpoint == "never":
+        checkpoints.set_aside(output_dir, (ROWS_FILE, "benchmarks", f"{TABLE}.jsonl", "trainer_state.json"))
+    with checkpoints.saving("recipe.yaml", output_dir):
+        (output_dir / "recipe.yaml").write_text(write_yaml(recipe.given), encoding="utf-8")
+        (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        data.write_report(output_dir / "data_report.json")
+
+
+def set_up_logging(args: TrainingArguments) -> None:
+    """Log our lines and the libraries' warnings, on rank 0 only; with `log_level: debug` ours in detail."""
+    main = PartialState().is_main_process
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    ours = logging.getLogger("tunebook")
+    if not ours.isEnabledFor(logging.DEBUG):  # parse has seen log_level
+        ours.setLevel(logging.INFO if main else logging.ERROR)
+    transformers.logging.set_verbosity(args.get_process_log_level() if main else logging.ERROR)
+    if not main:
+        datasets.disable_progress_bars()
+
+
+def log_resolved(recipe: Recipe) -> None:
+    """Log what the recipe left open, and what it became."""
+    args, model_args, given = recipe.training, recipe.model, recipe.given
+    origin = "recipe" if "bf16" in given or "fp16" in given else "default"
+    if args.use_cpu and not has_fast_bf16():
+        if args.bf16:
+            logger.warning(
+                "bf16: true on a CPU without bf16 instructions: ~80x slower than float32 (1.6 against 136 GFLOP/s)."
+            )
+        elif origin == "default":
+            origin = "this CPU has no bf16 instructions"
+    precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
+    logger.info("Precision: %s (%s), weights in %s.", precision, origin, model_args.dtype)
+    if args.packing and model_args.attn_implementation is not None:
+        logger.warning(
+            "attn_implementation: %s is not used with packing, which takes flash-attn where it is installed.",
+            model_args.attn_implementation,
+        )
+    if recipe.task != "sft" and args.max_tokens_per_batch:
+        logger.info(
+            "Batch: up to %s packed tokens per device x %d processes x %d accumulated.",
+            f"{args.max_tokens_per_batch:,}",
+            args.world_size,
+            args.gradient_accumulation_steps,
+        )
+        return
+    logger.info(
+        "Batch: %d rows per step = %d per device x %d processes x %d accumulated%s.",
+        args.per_device_train_batch_size * args.data_parallel_size * args.gradient_accumulation_steps,
+        args.per_device_train_batch_size,
+        args.world_size,
+        args.gradient_accumulation_steps,
+        f" / {args.context_parallel_size} that share a row" if args.context_parallel_size > 1 else "",
+    )
+
+
+def keep_freed_memory() -> None:
+    """On a CPU, glibc returns large blocks to the kernel when they are freed, and each step waits for their pages to be
+    mapped and cleared again: 4% to 8% of its time. Keep them instead (mallopt(3))."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+        libc.mallopt(trim_threshold, -1)
+        libc.mallopt(mmap_max, 0)
+
+
+def fit(trainer: RunMixin, run: Run) -> TrainOutput:
+    """Train from the start or the run's checkpoint, evaluate, and save what is needed to use the model: weights,
+    tokenizer with template, generation config, model card, metrics and the trainer's state."""
+    args, output_dir = trainer.args, Path(trainer.args.output_dir)
+    if args.use_cpu:
+        keep_freed_memory()
+    show_progress(trainer)
+    callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
+    for callback in callbacks:
+        trainer.add_callback(callback)
+    result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    with checkpoints.saving("The model", output_dir):
+        trainer.log_metrics("train", result.metrics)
+        trainer.save_metrics("train", result.metrics)
+        if args.do_eval:
+            metrics = trainer.evaluate()
+            trainer.log_metrics("eval", metrics)
+            trainer.save_metrics("eval", metrics)
+        trainer.save_final()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    trainer.accelerator.wait_for_everyone()
+    try:
+        finish_callbacks(trainer, callbacks, output_dir)
+    finally:
+        if trainer.is_world_process_zero():
+            report_run(output_dir)
+    logger.info("The model is in %s.", output_dir)
+    trainer.end()
+    return result

@@ -1,0 +1,438 @@
+"""Sources, mixtures, counts and loss masks; the masks against TRL's own labels."""
+
+import json
+
+import datasets
+import pytest
+import trl
+from conftest import CORPUS, build_tokenizer, write_rows
+
+from tunebook.data import load_data, read_sources, settle_template
+from tunebook.data.loading import fingerprint, process
+from tunebook.data.rendering import RenderSettings
+from tunebook.data.sources import load_source
+from tunebook.errors import RecipeError
+from tunebook.recipe import parse
+
+CHAT = [{"role": "user", "content": "two plus three?"}, {"role": "assistant", "content": "five."}]
+LONGER = CHAT + [{"role": "user", "content": "one and four?"}, {"role": "assistant", "content": "five too."}]
+
+
+def load(task, tokenizer, tmp_path, **keys):
+    base = {"model_name_or_path": "m", "output_dir": str(tmp_path / "o"), "bf16": False, "max_length": 200}
+    return load_recipe(parse(task, base | keys), tokenizer)
+
+
+def load_recipe(recipe, tokenizer):
+    sources = read_sources(recipe)
+    settle_template(tokenizer, bool(recipe.script.apply_chat_template) or sources.have_turns)
+    return load_data(recipe, sources, tokenizer)
+
+
+def trained(tokenizer, row) -> str:
+    return tokenizer.decode([i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != -100])
+
+
+ROWS = [{"prompt": f"what is {i}?", "completion": f"five {i}"} for i in range(20)]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "saved", "folder", "jsonl.gz"])
+def test_every_source_gives_the_same_rows(kind, tmp_path, tokenizer):
+    dataset, path = datasets.Dataset.from_list(ROWS), tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        write_rows(path, ROWS)
+    elif kind == "json":
+        path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        dataset.to_csv(path)
+    elif kind == "parquet":
+        dataset.to_parquet(path)
+    elif kind == "arrow":
+        dataset.save_to_disk(tmp_path / "s")
+        path = next((tmp_path / "s").glob("*.arrow"))
+    elif kind == "saved":
+        datasets.DatasetDict({"train": dataset}).save_to_disk(path)
+    elif kind == "folder":
+        (tmp_path / "f").mkdir()
+        path = write_rows(tmp_path / "f" / "train.jsonl", ROWS).parent
+    else:
+        dataset.to_json(path, compression="gzip")
+    data = load("sft", tokenizer, tmp_path, dataset_name=str(path))
+    assert [tokenizer.decode(row["input_ids"]) for row in data.train] == [
+        row["prompt"] + row["completion"] + "<|im_end|>" for row in ROWS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c", \n', "rows.jsonl, line 2: not JSON"),
+        ("", "is empty"),
+    ],
+)
+def test_a_broken_file_names_file_and_line(content, message, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(RecipeError, match=message):
+        load_source(str(path), "train")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {"dataset_name": "ROWS", "prompt_column": "question"},
+            "there is no column 'question'. Columns: prompt, compl",
+        ),
+        ({"dataset_name": "ROWS", "dataset_train_split": "tran"}, 'Unknown split "tran". Should be one of'),
+        ({"dataset_name": "./nowhere.jsonl"}, "no such file or folder"),
+        ({"dataset_name": "ROWS", "messages_column": "prompt"}, "prompt is str, not list"),
+        ({"dataset_name": "ROWS", "max_length": 1}, "nothing to train on within max_length"),
+        ({"dataset_name": "ROWS", "test_split_size": 30, "do_eval": True}, "`test_split_size` 30"),
+        ({"dataset_name": "ROWS", "do_eval": True}, 'Unknown split "test"'),
+        ({"datasets": [{"path": "ROWS", "columns": ["nope"]}]}, "has no column nope"),
+        ({"dataset_name": "some/thing"}, "cannot be loaded"),
+    ],
+)
+def test_what_does_not_fit_is_refused_by_name(keys, message, tmp_path, tokenizer):
+    rows = str(write_rows(tmp_path / "rows.jsonl", ROWS))
+    keys = json.loads(json.dumps(keys).replace("ROWS", rows))
+    with pytest.raises(RecipeError, match=message):
+        load("sft", tokenizer, tmp_path, **keys)
+
+
+@pytest.mark.parametrize(
+    ("row", "keys", "needs"),
+    [
+        ({"text": "one"}, {"assistant_only_loss": True}, "conversations"),
+        ({"prompt": "a ", "completion": "b"}, {"last_turn_only_loss": True}, "whole conversations"),
+        ({"messages": CHAT}, {"completion_only_loss": True}, "prompts and completions"),
+        ({"messages": CHAT}, {"prompt_template": "Q: {}"}, "a column of plain prompts"),
+        ({"prompt": "a ", "completion": "b"}, {"system_prompt": "be brief"}, "apply_chat_template: true"),
+    ],
+)
+def test_a_key_that_does_nothing_to_these_rows_is_refused(row, keys, needs, tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", [row]))
+    with pytest.raises(RecipeError, match=f"{next(iter(keys))}` has no effect on these rows.*{needs}"):
+        load("sft", tokenizer, tmp_path, dataset_name=path, **keys)
+
+
+def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
+    (tmp_path / "rows.docx").write_text("x")
+    with pytest.raises(RecipeError, match="Known: json, jsonl, csv"):
+        load_source(str(tmp_path / "rows.docx"), "train")
+
+
+def test_every_dropped_row_is_counted_by_reason_with_the_first_one(tmp_path, tokenizer):
+    good = {"prompt": "a", "completion": "b"}
+    rows = [
+        good,
+        {"prompt": None, "completion": "x"},
+        {"prompt": "a", "completion": 3},
+        {"prompt": "a", "completion": ""},
+    ]
+    rows += [
+        {"completion": "b"},
+        {"prompt": "one " * 80, "completion": "b"},
+        {"prompt": "a", "completion": "one " * 80},
+    ]
+    data = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=60)
+    report = data.counts["train"]
+    assert (report.read, report.kept, report.cut) == (7, 2, 1)
+    assert report.dropped == {
+        "missing prompt": {"rows": 2, "first_row": 1},
+        "completion is int, not str or list": {"rows": 1, "first_row": 2},
+        "empty answer": {"rows": 1, "first_row": 3},
+        "nothing to train on within max_length": {"rows": 1, "first_row": 5},
+    }
+    data.write_report(tmp_path / "report.json")
+    assert json.loads((tmp_path / "report.json").read_text())["train"]["read"] == 7
+
+
+def test_a_cut_row_gets_no_false_eos(tmp_path, tokenizer):
+    rows = [{"prompt": "a", "completion": "one " * 80}]
+    data = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=60)
+    assert len(data.train[0]["input_ids"]) == 60
+    assert tokenizer.eos_token_id not in data.train[0]["input_ids"]
+
+
+def test_a_template_that_rejects_a_role_order_says_which_row(tmp_path):
+    strict = build_tokenizer(
+        template="{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+        "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    )
+    rows = [{"messages": CHAT}, {"messages": CHAT[::-1]}]
+    data = load("sft", strict, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)))
+    assert data.counts["train"].dropped == {
+        "the chat template rejects it: roles must alternate": {"rows": 1, "first_row": 1}
+    }
+
+
+# ---- Loss masks ----
+
+
+def trl_labels(tokenizer, rows, tmp_path, **keys):
+    """Labels as TRL's own SFTTrainer prepares them."""
+    trainer = trl.SFTTrainer.__new__(trl.SFTTrainer)
+    trainer._tokenizer = tokenizer
+    args = trl.SFTConfig(str(tmp_path / "trl"), bf16=False, use_cpu=True, max_length=200, **keys)
+    trainer.completion_only_loss = "completion" in rows[0]
+    trainer.chat_template = None
+    if args.assistant_only_loss and "generation" not in tokenizer.chat_template:
+        trainer.chat_template = trl.chat_template_utils.get_training_chat_template(tokenizer)
+    return trainer._prepare_dataset(datasets.Dataset.from_list(rows), tokenizer, args, False, None, "train")
+
+
+LAYOUTS = {
+    "prompt and completion": [{"prompt": f"what is {i}? ", "completion": f"five {i}"} for i in range(5)],
+    "text": [{"text": text} for text in CORPUS],
+    "conversations": [{"messages": CHAT}, {"messages": LONGER}],
+    "prompted conversations": [
+        {"prompt": LONGER[:3], "completion": LONGER[3:]},
+        {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    ],
+    "system turn": [{"messages": [{"role": "system", "content": "be brief"}, *CHAT]}],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ids_and_labels_equal_trls(layout, tmp_path, tokenizer):
+    rows = LAYOUTS[layout]
+    ours = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows))).train
+    theirs = trl_labels(tokenizer, rows, tmp_path)
+    assert ours["input_ids"][:] == theirs["input_ids"][:]
+    assert ours["labels"][:] == theirs["labels"][:]
+
+
+@pytest.fixture(scope="module")
+def marked_tokenizer():
+    plain = build_tokenizer(template=None)
+    settle_template(plain, has_turns=True)
+    return plain
+
+
+def test_assistant_only_by_the_templates_marks_equals_trls(tmp_path, marked_tokenizer):
+    rows = LAYOUTS["conversations"]
+    path = str(write_rows(tmp_path / "r.jsonl", rows))
+    ours = load("sft", marked_tokenizer, tmp_path, dataset_name=path, assistant_only_loss=True).train
+    theirs = trl_labels(marked_tokenizer, rows, tmp_path, assistant_only_loss=True)
+    assert ours["labels"][:] == theirs["labels"][:]
+    assert trained(marked_tokenizer, ours[1]) == "five.<|im_end|>five too.<|im_end|>"
+
+
+def test_assistant_only_turn_by_turn_on_a_template_without_marks(tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", LAYOUTS["conversations"]))
+    row = load("sft", tokenizer, tmp_path, dataset_name=path, assistant_only_loss=True).train[1]
+    assert trained(tokenizer, row) == "five.<|im_end|>\nfive too.<|im_end|>\n"
+
+
+def test_assistant_only_is_refused_where_turns_have_no_certain_place(tmp_path):
+    forgetful = build_tokenizer(
+        template="{% for m in messages %}{{ m['role'] }}:{% if loop.last %}{{ m['content'] }}{% endif %}\n{% endfor %}"
+    )
+    path = str(write_rows(tmp_path / "r.jsonl", [{"messages": LONGER}]))
+    with pytest.raises(RecipeError, match="assistant turns cannot be told apart"):
+        load("sft", forgetful, tmp_path, dataset_name=path, assistant_only_loss=True)
+
+
+def test_last_turn_only(tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", [{"messages": LONGER}]))
+    row = load("sft", tokenizer, tmp_path, dataset_name=path, last_turn_only_loss=True).train[0]
+    assert trained(tokenizer, row) == "five too.<|im_end|>\n"
+
+
+def test_pretraining_has_no_template_no_eos_and_loss_everywhere(tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", [{"body": CORPUS[0]}]))
+    row = load("sft", tokenizer, tmp_path, dataset_name=path, pretraining=True, text_column="body").train[0]
+    assert tokenizer.decode(row["input_ids"]) == CORPUS[0] == trained(tokenizer, row)
+
+
+def test_completion_only_loss_false_trains_on_the_prompt_too(tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", ROWS[:1]))
+    row = load("sft", tokenizer, tmp_path, dataset_name=path, completion_only_loss=False).train[0]
+    assert row["labels"] == row["input_ids"]
+
+
+def test_columns_prompt_template_and_system_prompt(tmp_path, tokenizer):
+    path = str(write_rows(tmp_path / "r.jsonl", [{"q": "two plus three?", "a": "five"}]))
+    keys = {"dataset_name": path, "prompt_column": "q", "completion_column": "a"}
+    plain = load("sft", tokenizer, tmp_path, **keys, prompt_template="User: {}\nAssistant: ").train[0]
+    assert tokenizer.decode(plain["input_ids"]) == "User: two plus three?\nAssistant: five<|im_end|>"
+    chat = load("sft", tokenizer, tmp_path, **keys, apply_chat_template=True, system_prompt="be brief").train[0]
+    assert tokenizer.decode(chat["input_ids"]) == (
+        "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\ntwo plus three?<|im_end|>\n"
+        "<|im_start|>assistant\nfive<|im_end|>\n"
+    )
+    assert trained(tokenizer, chat) == "five<|im_end|>\n"
+
+
+def test_sharegpt_turns_are_read(tmp_path, tokenizer):
+    turns = [{"from": "human", "value": "two plus three?"}, {"from": "gpt", "value": "five."}]
+    ours = load(
+        "sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "a.jsonl", [{"conversations": turns}]))
+    )
+    same = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "b.jsonl", [{"messages": CHAT}])))
+    assert ours.train[0] == same.train[0]
+
+
+def test_inline_chatml_is_given_to_a_tokenizer_without_template(tmp_path):
+    bare = build_tokenizer(special=("<pad>", "<eos>"), template=None)
+    path = str(write_rows(tmp_path / "r.jsonl", [{"messages": CHAT}]))
+    load("sft", bare, tmp_path, dataset_name=path)
+    assert bare.eos_token == "<|im_end|>" and bare.convert_tokens_to_ids("<|im_start|>") != bare.unk_token_id
+
+
+# ---- Mixtures and splits ----
+
+
+@pytest.fixture
+def two_sources(tmp_path):
+    a = write_rows(tmp_path / "a.jsonl", [{"q": f"a {i}", "r": "x"} for i in range(40)])
+    b = write_rows(tmp_path / "b.jsonl", [{"messages": CHAT} for _ in range(10)])
+    rename = {"q": "prompt", "r": "completion"}
+    return {"path": str(a), "columns": rename}, {"path": str(b)}
+
+
+def share_of_a(tokenizer, dataset) -> float:
+    return sum("<|im_start|>" not in tokenizer.decode(row["input_ids"]) for row in dataset) / len(dataset)
+
+
+def test_a_mixture_of_two_layouts_has_all_rows_of_both(two_sources, tmp_path, tokenizer):
+    data = load("sft", tokenizer, tmp_path, datasets=list(two_sources))
+    assert len(data.train) == 50 and share_of_a(tokenizer, data.train) == 0.8
+
+
+def test_fractions_are_shares_of_the_largest_mixture_without_repeats(two_sources, tmp_path, tokenizer):
+    a, b = two_sources
+    data = load("sft", tokenizer, tmp_path, datasets=[a | {"fraction": 0.5}, b | {"fraction": 0.5}])
+    assert len(data.train) == 20 and share_of_a(tokenizer, data.train) == 0.5
+
+
+@pytest.mark.parametrize(("stopping", "at_least"), [("first_exhausted", 10), ("all_exhausted", 40)])
+def test_probabilities_with_either_stopping_rule(two_sources, stopping, at_least, tmp_path, tokenizer):
+    a, b = two_sources
+    mixture = [a | {"probability": 0.5}, b | {"probability": 0.5}]
+    data = load("sft", tokenizer, tmp_path, datasets=mixture, mixture_stopping=stopping)
+    assert len(data.train) >= at_least
+    assert 0.3 < share_of_a(tokenizer, data.train) < 0.7
+
+
+def test_the_seed_decides_the_mixture(two_sources, tmp_path, tokenizer):
+    a, b = two_sources
+    mixture = [a | {"probability": 0.5}, b | {"probability": 0.5}]
+    prints = [fingerprint(load("sft", tokenizer, tmp_path, datasets=mixture, seed=s).train) for s in (1, 1, 2)]
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_a_mixture_is_split_before_rows_are_drawn_twice(two_sources, tmp_path, tokenizer):
+    a, _ = two_sources
+    mixture = [a | {"probability": 0.9}, a | {"probability": 0.1, "max_samples": 5}]
+    keys = {"datasets": mixture, "mixture_stopping": "all_exhausted", "test_split_size": 0.2, "do_eval": True}
+    data = load("sft", tokenizer, tmp_path, **keys | {"datasets": mixture[:1] + [mixture[1]]})
+    one = load("sft", tokenizer, tmp_path, datasets=[a], test_split_size=0.2, do_eval=True)
+    texts = [{tokenizer.decode(row["input_ids"]) for row in split} for split in (one.train, one.eval)]
+    assert not texts[0] & texts[1] and len(texts[0]) + len(texts[1]) == 40
+    assert len(data.eval) == 9  # a fifth of 40 and a fifth of 5
+
+
+def test_max_samples_and_an_evaluation_set_of_its_own(tmp_path, tokenizer):
+    rows = write_rows(tmp_path / "r.jsonl", ROWS)
+    other = write_rows(tmp_path / "e.jsonl", ROWS[5:])
+    keys = {"max_train_samples": 7, "max_eval_samples": 3, "eval_dataset_name": str(other), "do_eval": True}
+    data = load("sft", tokenizer, tmp_path, dataset_name=str(rows), **keys)
+    assert len(data.train) == 7 and len(data.eval) == 3
+    assert data.eval[0]["input_ids"] == data.train[5]["input_ids"]
+
+
+def test_an_evaluation_set_on_the_command_line_replaces_the_recipes_split(tmp_path, tokenizer):
+    rows, other = write_rows(tmp_path / "r.jsonl", ROWS), write_rows(tmp_path / "e.jsonl", ROWS[5:])
+    recipe = {"model_name_or_path": "m", "output_dir": "o", "bf16": False, "dataset_name": str(rows)}
+    given = parse("sft", recipe | {"test_split_size": 4, "do_eval": True}, {"eval_dataset_name": str(other)})
+    data = load_recipe(given, tokenizer)
+    assert len(data.train) == 20 and len(data.eval) == 15
+
+
+# ---- Preferences ----
+
+
+def test_preferences_equal_trls_dpo_columns(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "two plus three? ", "chosen": "five", "rejected": "one and four"},
+        {"prompt": "one? ", "chosen": "four", "rejected": "two"},
+    ]
+    ours = load("dpo", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows))).train
+    trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
+    trainer._tokenizer = tokenizer
+    args = trl.DPOConfig(str(tmp_path / "trl"), bf16=False, use_cpu=True, max_length=200)
+    theirs = trainer._prepare_dataset(datasets.Dataset.from_list(rows), tokenizer, args, "train")
+    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
+        assert ours[column][:] == theirs[column][:]
+
+
+def test_a_prompt_is_found_in_both_sides_of_conversations(tmp_path, tokenizer):
+    other = [{"role": "assistant", "content": "six."}]
+    explicit = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": other}
+    implicit = {"prompt": "two plus three?", "chosen": CHAT, "rejected": CHAT[:1] + other}
+    rows = [
+        load("dpo", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / f"{i}.jsonl", [row]))).train[0]
+        for i, row in enumerate((explicit, implicit))
+    ]
+    assert rows[0] == rows[1]
+    assert tokenizer.decode(rows[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
+
+
+def test_useless_pairs_are_dropped_and_counted(tmp_path, tokenizer):
+    rows = [
+        {"prompt": "a ", "chosen": "x", "rejected": "y"},
+        {"prompt": "a ", "chosen": "x", "rejected": "x"},
+        {"prompt": "one " * 30, "chosen": "x", "rejected": "y"},
+        {"prompt": "a ", "chosen": "one " * 30 + "x", "rejected": "one " * 30 + "y"},
+        {"prompt": "a ", "chosen": "x", "rejected": None},
+    ]
+    path = str(write_rows(tmp_path / "r.jsonl", rows))
+    dpo = load("dpo", tokenizer, tmp_path, dataset_name=path, max_length=20).counts["train"]
+    assert dpo.kept == 1
+    assert {reason: entry["first_row"] for reason, entry in dpo.dropped.items()} == {
+        "chosen equals rejected": 1,
+        "the prompt fills max_length": 2,
+        "chosen equals rejected within max_length": 3,
+        "missing rejected": 4,
+    }
+    rm = load("rm", tokenizer, tmp_path, dataset_name=path, max_length=20).counts["train"]
+    assert rm.dropped["longer than max_length"]["rows"] == 2
+
+
+def test_a_margin_column_is_never_ignored_in_silence(pair_rows, tmp_path, tokenizer, caplog):
+    data = load("rm", tokenizer, tmp_path, dataset_name=str(pair_rows))
+    assert "margin" not in data.train.column_names
+    assert "margin that is not used" in caplog.text
+    assert load("rm", tokenizer, tmp_path, dataset_name=str(pair_rows), use_margin=True).train[1]["margin"] == 0.5
+
+
+def test_a_rewards_row_ends_with_eos(pair_rows, tmp_path, tokenizer):
+    row = load("rm", tokenizer, tmp_path, dataset_name=str(pair_rows)).train[0]
+    assert row["chosen_ids"][-1] == row["rejected_ids"][-1] == tokenizer.eos_token_id
+
+
+# ---- The cache ----
+
+
+def test_the_cache_is_used_again_and_depends_on_template_and_keys(tmp_path, monkeypatch):
+    tokenizer, path = build_tokenizer(), str(write_rows(tmp_path / "r.jsonl", [{"messages": CHAT}]))
+    first = load("sft", tokenizer, tmp_path, dataset_name=path)
+    monkeypatch.setattr("tunebook.data.loading.process_batch", lambda *a, **k: pytest.fail("tokenized again"))
+    assert load("sft", build_tokenizer(), tmp_path, dataset_name=path).train[0] == first.train[0]
+    monkeypatch.undo()
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|>!")
+    assert load("sft", tokenizer, tmp_path, dataset_name=path).train[0] != first.train[0]
+
+
+def test_several_workers_give_the_same_rows(tmp_path, tokenizer):
+    how = RenderSettings("sft", tokenizer, 200, {"prompt": "prompt", "completion": "completion"})
+    rows = datasets.Dataset.from_list(ROWS * 3)
+    one, _ = process(rows, how)
+    import shutil
+
+    shutil.rmtree(datasets.config.HF_DATASETS_CACHE / "tunebook")
+    two, report = process(rows, how, num_proc=2)
+    assert report.read == 60 and one[:] == two[:]

@@ -1,0 +1,258 @@
+"""Generations at evaluations: alone, and under DDP and ZeRO-3 with two processes on the CPU.
+
+This file is also the script that the distributed tests launch: tests/test_generations.py MODEL OUT ARGUMENTS
+"""
+
+import json
+import random
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_model, launch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    GenerationConfig,
+    Trainer,
+    TrainingArguments,
+)
+
+from tunebook.following import build_callbacks
+from tunebook.following.generations import (
+    generate,
+    load_metric,
+    load_prompts,
+    preserved_random_state,
+    render_prompts,
+    sweep,
+    trim,
+)
+from tunebook.recipe.configs import CausalLMConfig, ScriptArguments
+
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+PROMPTS = ["Question: What is 1 + 2?\nAnswer:", "Question", "3 is the answer to"]
+
+
+def count_letters(samples, prompts, outputs):
+    """A metric with trlx's signature, that also draws from Python's generator."""
+    random.random()
+    assert [prompt + output for prompt, output in zip(prompts, outputs, strict=True)] == samples
+    return {"letters": [len(output) for output in outputs]}
+
+
+@dataclass
+class Arguments(CausalLMConfig, TrainingArguments):
+    """Our keys on transformers' trainer."""
+
+
+def train(model: Path, out: Path, generation_kwargs: dict | None, **arguments) -> Trainer:
+    """Two steps with dropout and an evaluation after each; generations if there are keyword arguments for them."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    rows = Dataset.from_list([{"input_ids": tokenizer(f"Question: What is {i} + 2?").input_ids} for i in range(16)])
+    args = Arguments(
+        output_dir=str(out),
+        per_device_train_batch_size=2,
+        per_device_eval_batch_size=2,
+        max_steps=2,
+        learning_rate=1e-2,
+        eval_strategy="steps",
+        eval_steps=1,
+        disable_tqdm=True,
+        bf16=False,
+        eval_generation_kwargs=generation_kwargs,
+        eval_metrics=["test_generations:count_letters"],
+        **{"report_to": "none", "save_strategy": "no", "use_cpu": True, **arguments},
+    )
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(model),
+        args=args,
+        train_dataset=rows,
+        eval_dataset=rows.select(range(4)),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+        processing_class=tokenizer,
+    )
+    if generation_kwargs is not None:
+        for callback in build_callbacks(trainer, ScriptArguments(), PROMPTS):
+            trainer.add_callback(callback)
+    trainer.train()
+    return trainer
+
+
+def read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory, tokenizer):
+    """With dropout, so that the random state matters, and weights so large that outputs differ between prompts."""
+    folder = tmp_path_factory.mktemp("model")
+    changes = {"attention_dropout": 0.3, "initializer_range": 0.5, "eos_token_id": tokenizer.eos_token_id}
+    build_model(len(tokenizer), **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class TestPrompts:
+    def test_come_from_the_recipe_a_file_or_a_column(self, tmp_path):
+        (tmp_path / "a.txt").write_text("one\n\ntwo\n")
+        messages = [{"role": "user", "content": "one"}]
+        (tmp_path / "a.jsonl").write_text(json.dumps({"prompt": "p"}) + "\n" + json.dumps({"messages": messages}))
+        rows = Dataset.from_dict({"question": ["q1", "q2"]})
+        assert load_prompts(["one", "two"], rows) == ["one", "two"]
+        assert load_prompts([str(tmp_path / "a.txt")], rows) == ["one", "two"]
+        assert load_prompts([str(tmp_path / "a.jsonl")], rows) == ["p", messages]
+        assert load_prompts(["column:question"], rows) == ["q1", "q2"]
+
+    @pytest.mark.parametrize("entry", ["column:nothing", "missing.txt"])
+    def test_that_do_not_exist_are_refused_by_name(self, entry):
+        with pytest.raises(ValueError, match=entry.removeprefix("column:")):
+            load_prompts([entry], {})
+
+    def test_are_read_by_the_model_through_its_template(self, model):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        asked = [{"role": "user", "content": "one"}]
+        answered = [*asked, {"role": "assistant", "content": "two"}]
+        turn = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
+        assert render_prompts(["one"], tokenizer, chat=False) == ["one"]
+        assert render_prompts(["one", asked, answered], tokenizer, chat=True) == [turn] * 3
+        system = "<|im_start|>system\nshort<|im_end|>\n"
+        assert render_prompts(["one", asked], tokenizer, chat=True, system_prompt="short") == [system + turn] * 2
+        assert render_prompts(["one"], tokenizer, chat=False, prompt_template="Q: {}") == ["Q: one"]
+
+
+class TestSettings:
+    def test_one_list_is_swept(self):
+        assert sweep({"max_new_tokens": 4}) == (None, [{"max_new_tokens": 4}])
+        key, settings = sweep({"do_sample": True, "temperature": [0.5, 1.0]})
+        assert key == "temperature"
+        assert settings == [{"do_sample": True, "temperature": 0.5}, {"do_sample": True, "temperature": 1.0}]
+
+    def test_two_lists_are_refused_by_name(self):
+        with pytest.raises(ValueError, match="temperature, top_k"):
+            sweep({"temperature": [0.5, 1.0], "top_k": [1, 2]})
+
+    def test_metric_is_imported_from_the_working_directory(self, tmp_path, monkeypatch):
+        (tmp_path / "my_scores.py").write_text("def length(samples, prompts, outputs):\n    return {'length': [1]}\n")
+        monkeypatch.chdir(tmp_path)
+        assert load_metric("my_scores:length")([], [], []) == {"length": [1]}
+
+    @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json"])
+    def test_metric_that_cannot_be_imported_is_refused_by_name(self, name):
+        with pytest.raises(ValueError, match=name):
+            load_metric(name)
+
+
+class TestOutputs:
+    @pytest.mark.parametrize(
+        ("output", "trimmed"), [("a\n\nb###c", "a"), ("a###\n\nb", "a"), ("a b ", "a b "), ("###", "")]
+    )
+    def test_are_cut_at_the_first_stop_sequence(self, output, trimmed):
+        assert trim(output, ["\n\n", "###"]) == trimmed
+
+    def test_of_a_padded_batch_are_those_of_each_prompt_alone(self, model):
+        tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+        outputs = generate(network, tokenizer, PROMPTS, batch_size=3, max_new_tokens=8)
+        for prompt, output in zip(PROMPTS, outputs, strict=True):
+            ids = tokenizer(prompt, return_tensors="pt").input_ids
+            config = GenerationConfig(max_new_tokens=8, eos_token_id=tokenizer.eos_token_id)
+            alone = network.generate(ids, generation_config=config)[0, ids.shape[1] :]
+            assert output == tokenizer.decode(alone, skip_special_tokens=True)
+
+    def test_end_where_generation_meets_a_stop_sequence(self, model):
+        tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+        [free] = generate(network, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=12)
+        stop = free[3:5]
+        [cut] = generate(network, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=12, stop_sequences=[stop])
+        assert cut == free[: free.index(stop)].rstrip()
+
+
+def test_random_generators_are_left_as_they_were():
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), np.random.rand(), torch.rand(1).item()
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    with preserved_random_state(seed=7):
+        random.random(), np.random.rand(), torch.rand(1)
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == expected
+
+
+@pytest.fixture(scope="module")
+def runs(model, tmp_path_factory):
+    """The same run with generations, sampled at two temperatures, and without."""
+    folder = tmp_path_factory.mktemp("runs")
+    sampled = {"max_new_tokens": 6, "do_sample": True, "temperature": [0.5, 2.0]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORBOARD_LOGGING_DIR", str(folder / "with" / "tensorboard"))
+        followed = train(model, folder / "with", sampled, report_to="tensorboard", activation_checkpointing=True)
+    return followed, train(model, folder / "without", None, activation_checkpointing=True)
+
+
+class TestTraining:
+    def test_gives_the_same_weights_with_generations_and_without(self, runs, model):
+        weights = [run.model.state_dict() for run in runs]
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+        first = AutoModelForCausalLM.from_pretrained(model).state_dict()
+        assert not all(torch.equal(first[name], weights[0][name]) for name in first)
+
+    def test_leaves_a_row_for_each_step_value_and_prompt(self, runs):
+        rows = read_jsonl(Path(runs[0].args.output_dir) / "generations.jsonl")
+        expected = [(step, value, prompt) for step in (1, 2) for value in (0.5, 2.0) for prompt in PROMPTS]
+        assert [(row["step"], row["temperature"], row["prompt"]) for row in rows] == expected
+        assert all(row["letters"] == len(row["output"]) for row in rows)
+
+    def test_logs_the_means_of_each_value_of_the_sweep(self, runs):
+        rows = read_jsonl(Path(runs[0].args.output_dir) / "generations.jsonl")
+        logged = {log["step"]: log for log in runs[0].state.log_history if "eval_letters_temperature_2.0" in log}
+        for step in (1, 2):
+            values = [row["letters"] for row in rows if row["step"] == step and row["temperature"] == 2.0]
+            assert logged[step]["eval_letters_temperature_2.0"] == sum(values) / 3
+
+    def test_sends_a_table_to_the_tracker(self, runs):
+        folder = f"{runs[0].args.output_dir}/tensorboard"
+        events = EventAccumulator(folder, size_guidance={"tensors": 0}).Reload()
+        tables = events.Tensors("generations/text_summary")
+        assert [table.step for table in tables] == [1, 2]
+        assert b"| step | prompt | output | temperature | letters |" in tables[0].tensor_proto.string_val[0]
+
+    def test_can_choose_its_best_checkpoint_by_a_metric(self, model, tmp_path):
+        trainer = train(
+            model,
+            tmp_path,
+            {"max_new_tokens": 6},
+            save_strategy="steps",
+            save_steps=1,
+            load_best_model_at_end=True,
+            metric_for_best_model="eval_letters",
+            greater_is_better=True,
+        )
+        means = {log["step"]: log["eval_letters"] for log in trainer.state.log_history if "eval_letters" in log}
+        assert trainer.state.best_metric == max(means.values())
+        assert means[trainer.state.best_global_step] == max(means.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "arguments"), [("ddp", {}), ("zero3", {"use_cpu": False})], ids=["ddp", "zero3"])
+def test_two_processes_generate_what_one_does_and_train_as_without(model, tmp_path, strategy, arguments):
+    run = launch(__file__, model, tmp_path, json.dumps(arguments), config=strategy, processes=2)
+    assert run.returncode == 0, run.stderr[-3000:]
+    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("with", "without")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    rows = [row for row in read_jsonl(tmp_path / "with" / "generations.jsonl") if row["step"] == 2]
+    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
+    outputs = generate(trained, AutoTokenizer.from_pretrained(model), PROMPTS, batch_size=1, **GREEDY)
+    assert [row["prompt"] for row in rows] == PROMPTS
+    assert [row["output"] for row in rows] == outputs
+
+
+if __name__ == "__main__":
+    for name, kwargs in (("with", GREEDY), ("without", None)):
+        arguments = {"ddp_backend": "gloo", **json.loads(sys.argv[3])}
+        train(Path(sys.argv[1]), Path(sys.argv[2]) / name, kwargs, **arguments).save_model()

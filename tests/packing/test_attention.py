@@ -1,0 +1,220 @@
+"""The variable-length attention against a dense attention in float64, and the models that it refuses."""
+
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from tunebook.packing import attention
+from tunebook.packing.attention import set_varlen_attention, varlen_attention
+
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
+
+
+def dense_attention(query, key, value, seen, scaling, softcap):
+    """(heads, tokens, head_dim), one query after the other, in float64."""
+    groups = query.shape[0] // key.shape[0]
+    output = torch.zeros(query.shape, dtype=torch.float64)
+    for head in range(query.shape[0]):
+        for token in range(query.shape[1]):
+            keys = key[head // groups, seen[token]].double()
+            scores = keys @ query[head, token].double() * scaling
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            output[head, token] = torch.softmax(scores, 0) @ value[head // groups, seen[token]].double()
+    return output
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    documents=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=4),
+    heads=st.sampled_from([(2, 2), (4, 2), (6, 1)]),
+    window=st.sampled_from([None, 1, 3, 50]),
+    softcap=st.sampled_from([None, 2.0]),
+    scaling=st.sampled_from([0.3, 1.0]),
+)
+def test_each_token_sees_its_document_and_the_keys_lent_to_it(documents, heads, window, softcap, scaling):
+    """`documents`: own tokens, and how many of the row's first tokens come before them as keys."""
+    torch.manual_seed(0)
+    tokens = sum(own for own, _ in documents)
+    query = torch.randn(1, heads[0], tokens, 4)
+    key, value = torch.randn(2, 1, heads[1], tokens, 4)
+    key_index, seen, start = [], [], 0
+    for own, lent in documents:
+        keys = list(range(min(lent, start)))  # the row's first tokens
+        for token in range(start, start + own):
+            keys = [*keys, token]
+            seen.append(keys[-window:] if window else keys)
+        key_index.append(keys)
+        start += own
+    q_lengths, k_lengths = [own for own, _ in documents], [len(keys) for keys in key_index]
+    output, _ = varlen_attention(
+        nn.Identity(),
+        query,
+        key,
+        value,
+        None,
+        scaling=scaling,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=torch.tensor([0, *q_lengths]).cumsum(0).int(),
+        cu_seq_lens_k=torch.tensor([0, *k_lengths]).cumsum(0).int(),
+        max_length_q=max(q_lengths),
+        max_length_k=max(k_lengths),
+        key_index=torch.tensor(sum(key_index, [])),
+    )
+    expected = dense_attention(query[0], key[0], value[0], seen, scaling, softcap)
+    torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def packed_row(device="cpu", dtype=torch.float32):
+    """Two documents, the second with three of the first one's keys; eight query heads and two key heads."""
+    torch.manual_seed(0)
+    query, key = torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64)
+    index = torch.tensor([*range(10), 0, 1, 2, *range(10, 16)])
+    lengths = dict(cu_seq_lens_q=torch.tensor([0, 10, 16]).int(), cu_seq_lens_k=torch.tensor([0, 10, 19]).int())
+    tensors = dict(query=query, key=key, value=torch.randn_like(key))
+    tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
+    lengths = {name: x.to(device) for name, x in (lengths | dict(key_index=index)).items()}
+    return tensors, dict(module=nn.Identity(), attention_mask=None, max_length_q=10, max_length_k=10, **lengths)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("kernel", ["flash-attn", "torch"])
+def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, window, monkeypatch):
+    """The kernels by their documentation: (tokens, heads, head_dim), keys to the left, causal from the lower right."""
+
+    def documented(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size):
+        assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max()) and window_size[1] == 0
+        seen = []
+        for q_start, q_end, k_start, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
+            for left in range(q_end - q_start - 1, -1, -1):
+                last = int(k_end) - left
+                first = k_start if window_size[0] < 0 else max(int(k_start), last - 1 - window_size[0])
+                seen.append(list(range(first, last)))
+        heads = [x.detach().transpose(0, 1) for x in (query, key, value)]
+        return dense_attention(*heads, seen, scale, None).transpose(0, 1).float()
+
+    def flash_attn_varlen_func(*rows, softmax_scale, causal, window_size, softcap):
+        assert causal and softcap == 0
+        return documented(*rows, softmax_scale, window_size)
+
+    def varlen_attn(*rows, scale, window_size, enable_gqa):
+        assert enable_gqa
+        return documented(*rows, scale, window_size)
+
+    monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: kernel == "flash-attn")
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    tensors, arguments = packed_row()
+    expected, _ = varlen_attention(**tensors, **arguments, scaling=0.2, sliding_window=window)
+    monkeypatch.setattr(attention, "_document_attention", attention._flash_attention)
+    output, _ = varlen_attention(**tensors, **arguments, scaling=0.2, sliding_window=window)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CUDA kernels with the CPU: no GPU here")
+@pytest.mark.parametrize("window", [None, 4])
+def test_cuda_equals_the_cpu(window):
+    results = []
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        tensors, arguments = packed_row(device, dtype)
+        output, _ = varlen_attention(**tensors, **arguments, scaling=0.1, sliding_window=window)
+        gradients = torch.autograd.grad(output.float().square().sum(), list(tensors.values()))
+        results.append([x.float().cpu() for x in (output, *gradients)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2"])
+def test_padded_batches_and_generation_are_what_they_were(name):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, num_key_value_heads=1, head_dim=8, pad_token_id=0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    ids, mask = torch.randint(1, 64, (2, 7)), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1]])
+
+    def outputs():
+        with torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        return logits, model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+
+    logits, generated = outputs()
+    set_varlen_attention(model)
+    patched_logits, patched_generated = outputs()
+    real = mask.bool()
+    torch.testing.assert_close(patched_logits[real], logits[real], rtol=1e-5, atol=1e-6)
+    assert torch.equal(patched_generated, generated)
+
+
+def test_the_attention_is_not_written_into_a_checkpoint(tmp_path):
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    set_varlen_attention(model)
+    model.save_pretrained(tmp_path)
+    assert "varlen" not in (tmp_path / "config.json").read_text()
+
+
+REFUSED = {
+    "state space": (transformers.MambaForCausalLM, transformers.MambaConfig, dict(state_size=4), "state space"),
+    "linear attention": (
+        transformers.Qwen3NextForCausalLM,
+        transformers.Qwen3NextConfig,
+        dict(
+            layer_types=["linear_attention", "full_attention"],
+            num_experts=2,
+            num_experts_per_tok=1,
+            moe_intermediate_size=8,
+            shared_expert_intermediate_size=8,
+        ),
+        "linear_attention",
+    ),
+    "convolution": (
+        transformers.Lfm2ForCausalLM,
+        transformers.Lfm2Config,
+        dict(layer_types=["conv", "full_attention"], num_key_value_heads=1),
+        "conv",
+    ),
+    "ALiBi": (transformers.BloomForCausalLM, transformers.BloomConfig, dict(n_head=2, n_layer=1), "ALiBi"),
+    "attention sinks": (
+        transformers.GptOssForCausalLM,
+        transformers.GptOssConfig,
+        dict(num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=1, head_dim=8),
+        "attention sinks",
+    ),
+    "attention dropout": (
+        transformers.LlamaForCausalLM,
+        transformers.LlamaConfig,
+        dict(attention_dropout=0.1),
+        "attention_dropout of 0.1",
+    ),
+    "attention dropout by another name": (
+        transformers.GPT2LMHeadModel,
+        transformers.GPT2Config,
+        dict(n_head=2, n_layer=1),
+        "attn_pdrop of 0.1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_model_that_packing_would_change_is_refused_by_name(case):
+    model_class, config_class, changes, reason = REFUSED[case]
+    with pytest.raises(ValueError, match=f"packing: {model_class.__name__}.*{reason}.*packing: false"):
+        set_varlen_attention(model_class(config_class(**{**SIZES, **changes})))
+
+
+def test_a_mask_that_was_made_while_scoring_serves_training():
+    """Masks are kept, and autograd refuses tensors of inference mode."""
+    attention._causal_mask.cache_clear()
+    starts = [torch.tensor([0, 2]).int(), torch.tensor([0, 4]).int()]
+    rows = [torch.randn(1, 1, tokens, 8, requires_grad=True) for tokens in (2, 4, 4)]
+    lengths = dict(zip(("cu_seq_lens_q", "cu_seq_lens_k"), starts, strict=True), max_length_q=2, max_length_k=4)
+    with torch.inference_mode():
+        varlen_attention(nn.Module(), *rows, None, **lengths)
+    varlen_attention(nn.Module(), *rows, None, **lengths)[0].sum().backward()
+    assert rows[0].grad.abs().sum() > 0

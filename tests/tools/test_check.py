@@ -1,0 +1,336 @@
+"""tunebook check: what it says of a recipe, and that it finds the faults that a newcomer makes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import ROOT, TEMPLATE, build_model, launch, options, question, write_rows
+from measure import Recorder
+from scipy.stats import binomtest
+from transformers import LlamaConfig, LlamaForSequenceClassification
+from typer.testing import CliRunner
+
+import tunebook
+from tunebook.environment import Sharding
+from tunebook.errors import RecipeError
+from tunebook.recipe import find_task, parse, read_recipe
+from tunebook.tools import check as preflight
+from tunebook.tools.check import DEVICES, LEARNING_RATES, check, find_device, read_sharding, wilson
+from tunebook.tools.cli import app
+
+NO_SYSTEM = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.fixture
+def report(tiny, sft_rows, pair_rows, tmp_path, capsys):
+    """Exit code and output of a check of a healthy recipe with some keys changed."""
+
+    def run(task="sft", device="cpu", sharding=None, reward_model=None, full=False, **keys):
+        recipe = {
+            "model_name_or_path": str(tiny),
+            "dataset_name": str(sft_rows if task == "sft" else pair_rows),
+            "output_dir": str(tmp_path / "out"),
+            "max_length": 128,
+            "learning_rate": 2e-5,
+            "bf16": False,
+        }
+        code = check(parse(task, recipe | keys), device, sharding, full, reward_model)
+        return code, re.sub(r"\s+", " ", capsys.readouterr().out)
+
+    return run
+
+
+def warnings(output: str) -> list[str]:
+    return output.split("warning: ")[1:]
+
+
+# ---- Faults --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keys", [{}, {"packing": True}, {"use_peft": True, "learning_rate": 2e-4}], ids=str)
+@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+def test_a_healthy_recipe_gives_no_warning_and_code_0(report, task, keys):
+    code, output = report(task, **keys)
+    assert code == 0
+    assert not warnings(output), output
+    assert "Nothing to warn of" in output
+
+
+def test_an_end_that_is_never_trained_is_found(report, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": question(i)}, {"role": "assistant", "content": "five"}]}
+        for i in range(8)
+    ]
+    code, output = report(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)), chat_template=NO_END)
+    [warning] = warnings(output)
+    assert "<|im_end|>) is never trained" in warning
+    assert "eos_token" in warning
+
+
+def test_an_answer_of_a_pair_that_does_not_end_is_found(report, tmp_path):
+    turns = [{"role": "user", "content": "what is two?"}]
+    rows = [
+        {
+            "prompt": turns,
+            **{side: [{"role": "assistant", "content": f"{side} {i}"}] for side in ("chosen", "rejected")},
+        }
+        for i in range(8)
+    ]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    for task in ("rm", "dpo"):
+        assert "never trained" in warnings(report(task, dataset_name=file, chat_template=NO_END)[1])[0]
+        assert not warnings(report(task, dataset_name=file)[1])
+
+
+def test_a_template_that_drops_the_system_turn_is_found(report, tmp_path):
+    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two?"}]
+    rows = [{"messages": [*turns[i % 2 :], {"role": "assistant", "content": "five"}]} for i in range(8)]
+    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    [warning] = warnings(report(dataset_name=file, chat_template=NO_SYSTEM)[1])
+    assert "drops the system turn of 4 of 4 rows" in warning
+    assert not warnings(report(dataset_name=file)[1])
+
+
+def test_a_system_prompt_that_the_template_drops_is_found(report):
+    keys = {"apply_chat_template": True, "system_prompt": "be brief"}
+    [warning] = warnings(report(**keys, chat_template=NO_SYSTEM)[1])
+    assert "drops the system turn of 48 of 48 rows" in warning
+
+
+def test_rows_that_are_cut_are_found(report, tmp_path):
+    rows = [{"prompt": "one ", "completion": "five " * (40 if i % 5 < 2 else 4)} for i in range(40)]
+    [warning] = warnings(report(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)), max_length=32)[1])
+    assert warning.startswith("40% of the rows are cut at max_length 32")
+
+
+def test_rows_that_are_dropped_are_found_with_the_reason(report):
+    [warning] = warnings(report("rm", max_length=17)[1])
+    assert re.match(r"\d+% of the rows are dropped \(\d+% longer than max_length\)", warning)
+
+
+@pytest.mark.parametrize(("rate", "word"), [(2, "larger"), (1e-9, "smaller")])
+@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
+def test_a_learning_rate_out_of_bounds_is_found(report, task, rate, word):
+    [warning] = warnings(report(task, learning_rate=rate)[1])
+    assert f"learning_rate {rate:g} is {word} than" in warning
+
+
+def test_an_adapter_takes_a_larger_learning_rate(report):
+    high = LEARNING_RATES["sft"][1]
+    assert warnings(report(learning_rate=2 * high)[1])
+    assert not warnings(report(learning_rate=2 * high, use_peft=True)[1])
+
+
+def test_every_shipped_recipe_is_within_the_bounds():
+    for path in ROOT.glob("recipes/**/*.yaml"):
+        recipe = read_recipe(path)
+        low, high = (bound * (10 if recipe.get("use_peft") else 1) for bound in LEARNING_RATES[find_task(path)])
+        assert low <= recipe["learning_rate"] <= high, path
+
+
+def test_a_warm_up_longer_than_the_run_is_found(report):
+    [warning] = warnings(report(max_steps=10, warmup_steps=100)[1])
+    assert "warmup_steps is 100, but the run has 10 steps" in warning
+
+
+@pytest.fixture
+def judge(tiny, tokenizer, pair_rows, tmp_path) -> str:
+    """A reward model that is above 0 for a text with a token that only chosen answers have: its one layer averages over
+    the text a number that only those tokens carry."""
+    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    seen = {side: {i for row in rows for i in tokenizer(row[side])["input_ids"]} for side in ("chosen", "rejected")}
+    config = LlamaConfig(**{**build_model(len(tokenizer)).config.to_dict(), "num_hidden_layers": 1, "num_labels": 1})
+    config.pad_token_id = tokenizer.pad_token_id
+    model = LlamaForSequenceClassification(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(float("norm" in name))
+        attention = model.model.layers[0].self_attn
+        model.model.embed_tokens.weight[list(seen["chosen"] - seen["rejected"]), 0] = 1.0
+        attention.v_proj.weight[0, 0] = attention.o_proj.weight[1, 0] = model.score.weight[0, 1] = 1.0
+    model.save_pretrained(tmp_path / "judge")
+    tokenizer.save_pretrained(tmp_path / "judge")
+    return str(tmp_path / "judge")
+
+
+@pytest.mark.parametrize("task", ["rm", "dpo"])
+def test_swapped_pairs_are_found_by_a_reward_model(report, judge, task):
+    output = report(task, reward_model=judge)[1]
+    assert "prefers chosen in 100% of 48 pairs (93% to 100%)" in output
+    assert not warnings(output)
+    [warning] = warnings(report(task, reward_model=judge, chosen_column="rejected", rejected_column="chosen")[1])
+    assert "prefers the rejected answer in 100% of 48 pairs" in warning
+    assert "chosen_column" in warning
+
+
+@pytest.mark.parametrize(("wins", "count"), [(0, 20), (13, 48), (48, 48)])
+def test_the_interval_of_a_share_is_wilsons(wins, count):
+    interval = binomtest(wins, count).proportion_ci(method="wilson")
+    assert wilson(wins, count) == pytest.approx((interval.low, interval.high), abs=1e-4)
+
+
+# ---- Exit codes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama8b(tmp_path_factory, tokenizer) -> str:
+    """A folder with the config of Llama-3.1-8B and a tokenizer, and no weights."""
+    folder = tmp_path_factory.mktemp("llama8b")
+    sizes = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
+    LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_model_that_cannot_fit_gives_code_1_and_the_first_thing_to_change(report, llama8b):
+    code, output = report(model_name_or_path=llama8b, device="h100-80gb", save_strategy="no")
+    [warning] = warnings(output)
+    assert code == 1
+    assert re.search(r"needs 1[23]\d\.\d GB, and h100-80gb has 85.5. First set use_peft: true", warning)
+    changed = {"use_peft": True, "learning_rate": 2e-4, "save_strategy": "no"}
+    assert report(model_name_or_path=llama8b, device="h100-80gb", **changed)[0] == 0
+
+
+def test_it_fits_where_it_is_sharded(report, llama8b):
+    sharding = Sharding("deepspeed", 8, 3)
+    assert report(model_name_or_path=llama8b, device="h100-80gb", sharding=sharding, save_strategy="no")[0] == 0
+
+
+def test_checkpoints_that_fill_the_disk_give_code_1(report, monkeypatch):
+    usage = preflight.shutil.disk_usage("/")._replace(free=10_000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
+    code, output = report()
+    assert code == 1
+    assert "Set save_total_limit: 1" in warnings(output)[0]
+
+
+def test_rows_of_which_none_can_be_trained_on_give_code_1(report):
+    code, output = report("rm", max_length=2)
+    assert code == 1
+    assert "No row of" in output
+    assert "longer than max_length" in output
+
+
+@pytest.mark.slow
+def test_the_command_gives_code_2_for_a_recipe_error(tmp_path):
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text("learning_rte: 2")
+    command = [sys.executable, "-c", "from tunebook.tools.cli import app; app()", "check", str(recipe)]
+    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT / "src")})
+    assert (run.returncode, run.stderr.count("Did you mean learning_rate")) == (2, 1)
+
+
+def test_the_command_takes_overrides_and_finds_task_and_sharding(tiny, sft_rows, tmp_path):
+    recipe = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows), "output_dir": str(tmp_path / "out")}
+    path = tmp_path / "sft.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"learning_rate": 2e-5, "bf16": False}))
+    overrides = ["--learning_rate", "2", "--max_steps", "7"]
+    machine = ["--device", "h100-80gb", "--accelerate-config", "zero3", "--num-processes", "4"]
+    result = CliRunner().invoke(app, ["check", str(path), *machine, *overrides])
+    assert result.exit_code == 0
+    assert "learning_rate 2 is larger" in result.output
+    assert re.search(r"steps +7 \(.*x 4 devices", result.output, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_dry_run_checks_from_the_script_and_writes_nothing(tiny, sft_rows, tmp_path):
+    keys = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows), "output_dir": str(tmp_path / "out")}
+    run = launch("src/sft.py", *options(keys | {"learning_rate": 2e-5, "bf16": False, "dry_run": True}))
+    assert run.returncode == 0, run.stderr
+    assert "Nothing to warn of" in run.stdout
+    assert not (tmp_path / "out").exists()
+
+
+# ---- Facts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("sft", {"num_train_epochs": 2, "per_device_train_batch_size": 5, "gradient_accumulation_steps": 2}),
+        ("sft", {"packing": True, "max_length": 64, "per_device_train_batch_size": 2}),
+        ("dpo", {"packing": True, "per_device_train_batch_size": 7}),
+        ("rm", {"packing": True, "max_tokens_per_batch": 200}),
+    ],
+    ids=str,
+)
+def test_a_run_has_the_steps_and_the_largest_batch_that_were_said(
+    report, tiny, sft_rows, pair_rows, tmp_path, task, keys
+):
+    keys = {"num_train_epochs": 1, **keys}
+    output = report(task, **keys)[1]
+    recipe = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows if task == "sft" else pair_rows)}
+    recipe |= {"output_dir": str(tmp_path / "out"), "max_length": 128, "bf16": False, "save_strategy": "no"}
+    recipe |= {"learning_rate": 1e-5, "report_to": "none", **keys}
+    with Recorder() as recorder:
+        tunebook.run_script(task, recipe)
+    steps = recorder.result()["steps"]
+    said = int(re.search(r"steps (\d+) \(", output)[1])
+    assert said == len(recorder.times) - 1
+    rows, tokens = map(int, re.search(r"largest batch (\d+) x (\d+) tokens", output).groups())
+    if not keys.get("packing"):
+        assert max(step["padded"] for step in steps) <= rows * tokens
+    elif task == "sft":
+        assert max(sum(step["lengths"]) for step in steps) <= tokens
+    else:
+        assert max(sum(step["lengths"]) - sum(step["shared"]) for step in steps) == tokens
+
+
+def test_a_sample_says_nearly_what_all_rows_say(report, monkeypatch, tmp_path):
+    rows = [{"prompt": "one ", "completion": "five " * (1 + i % 50)} for i in range(1000)]
+    keys = {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows)), "max_length": 40, "packing": True}
+    monkeypatch.setattr(preflight, "SAMPLE", 300)
+    sampled, whole = report(**keys)[1], report(**keys, full=True)[1]
+    assert "30.0% of the training rows" in sampled
+    assert "of the training rows" not in whole
+    steps, cut = (
+        [float(re.search(pattern, text)[1]) for text in (sampled, whole)]
+        for pattern in (r"steps (\d+) \(", r"(\d+)% of the rows are cut")
+    )
+    assert steps[0] == pytest.approx(steps[1], rel=0.05)
+    assert cut[0] == pytest.approx(cut[1], abs=6)
+
+
+def test_tokens_are_counted_as_the_trainer_gets_them(report, tokenizer, pair_rows):
+    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    chosen = [len(tokenizer(row["prompt"] + row["chosen"] + "<|im_end|>")["input_ids"]) for row in rows]
+    rejected = [len(tokenizer(row["prompt"] + row["rejected"] + "<|im_end|>")["input_ids"]) for row in rows]
+    total = np.array([*chosen, *rejected])
+    expected = f"total tokens {np.median(total):.0f} / {np.quantile(total, 0.95):.0f} / {total.max()}"
+    assert expected in report("dpo")[1]
+
+
+def test_every_accelerate_config_is_understood():
+    expected = {
+        "cpu": ("none", 1, 0, False),
+        "single": ("none", 1, 0, False),
+        "ddp": ("ddp", 8, 0, False),
+        "zero1": ("deepspeed", 8, 1, False),
+        "zero2": ("deepspeed", 8, 2, False),
+        "zero3": ("deepspeed", 8, 3, False),
+        "zero3_offload": ("deepspeed", 8, 3, True),
+        "fsdp2": ("fsdp", 8, 3, False),
+        "fsdp2_offload": ("fsdp", 8, 3, True),
+    }
+    assert expected.keys() == {path.stem for path in ROOT.glob("configs/accelerate/*.yaml")}
+    for name, (engine, processes, stage, offloads) in expected.items():
+        assert read_sharding(name, None) == Sharding(engine, processes, stage, offloads, offloads)
+    assert read_sharding("zero2", 2).processes == 2
+    with pytest.raises(RecipeError, match="no such file"):
+        read_sharding("zero4", None)
+
+
+def test_a_device_is_one_of_the_table_or_says_its_size():
+    assert find_device("a100-40gb") == ("cuda", "a100-40gb", DEVICES["a100-40gb"])
+    assert find_device("tpu-16gb")[2] == 16e9
+    for name, size in DEVICES.items():
+        assert size == pytest.approx(find_device(f"x-{name.split('-')[1]}")[2], rel=0.1)
+    with pytest.raises(RecipeError, match="h100-80gb"):
+        find_device("h100")

@@ -1,0 +1,162 @@
+"""The estimate of a step's memory: against hand arithmetic, against the real allocations, and against measured runs."""
+
+import json
+import re
+
+import memory
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+
+from tunebook.environment import Sharding
+from tunebook.tools.memory import Batch, LiveBytes, build_model, count_step, estimate
+
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    hidden_size=64,
+    intermediate_size=176,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+PARAMETERS = 2 * 512 * 64 + 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176 + 2 * 64) + 64
+BATCH = Batch(rows=2, length=128, scored=100)
+
+
+def parts(*args, config=CONFIG, batch=BATCH, task="sft", **kwargs) -> dict[str, float]:
+    return {part.name: part.bytes for part in estimate(config, task, batch, *args, **kwargs)}
+
+
+def test_live_bytes_counts_what_lives_at_a_time():
+    x = torch.empty(100, device="meta")
+    with LiveBytes([x]) as count:
+        y = x * 2
+        z = y + 1
+        del y
+        z.view(10, 10)
+        assert count.live == 400
+        w = z * 3
+        assert count.live == 800
+    del w
+    assert count.peak == 800
+
+
+def test_weights_gradients_and_adam_are_16_bytes_a_parameter_in_float32():
+    found = parts(device="cpu")
+    assert (found["weights"], found["gradients"], found["optimizer"]) == tuple(n * PARAMETERS for n in (4, 4, 8))
+
+
+@pytest.mark.parametrize(
+    ("stage", "expected"), [(0, (2, 2, 12)), (1, (2, 2, 1.5)), (2, (2, 0.25, 1.5)), (3, (0.25, 0.25, 1.5))]
+)
+def test_zero_shards_as_the_paper_says(stage, expected):
+    """Rajbhandari et al., figure 1: 2 + 2 + 12 bytes a parameter; each stage divides one more by the devices."""
+    found = parts(Sharding("deepspeed", 8, stage), mixed=True)
+    assert tuple(found[name] / PARAMETERS for name in ("weights", "gradients", "optimizer")) == pytest.approx(expected)
+
+
+def test_offloaded_parts_are_not_on_the_device():
+    found = parts(Sharding("deepspeed", 8, 3, offload_optimizer=True, offload_weights=True), mixed=True)
+    assert found["weights"] == found["optimizer"] == 0
+
+
+def test_only_the_adapter_has_gradients():
+    lora = LoraConfig(r=8, task_type="CAUSAL_LM")
+    trained, total = get_peft_model(LlamaForCausalLM(CONFIG), lora).get_nb_trainable_parameters()
+    found = parts(peft_config=lora)
+    assert (found["weights"], found["gradients"], found["optimizer"]) == (4 * total, 4 * trained, 8 * trained)
+
+
+def test_quantized_matrices_take_their_bits():
+    lora = LoraConfig(r=8, task_type="CAUSAL_LM")
+    saved = parts(peft_config=lora)["weights"] - parts(peft_config=lora, bits=4)["weights"]
+    matrices = 3 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 176)
+    assert saved == pytest.approx(matrices * (4 - 0.5 - 4 / 64))
+
+
+def test_a_reference_is_a_second_model_unless_it_is_offloaded():
+    found = parts(task="dpo", reference=CONFIG)
+    assert found["reference"] == 4 * PARAMETERS
+    assert parts(task="dpo", reference=CONFIG, ref_offload=True)["reference"] < found["reference"]
+
+
+def test_the_count_on_meta_is_what_a_real_step_allocates():
+    """The same model with real tensors and torch's own attention, unpadded; its storages are counted as they come."""
+    model = build_model(CONFIG, "rm").to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.02)
+    with LiveBytes([*model.parameters(), *model.buffers()]) as count:
+        hidden = model.base_model(input_ids=torch.ones(1, 512, dtype=torch.long), use_cache=False).last_hidden_state
+        model.score(hidden[:, -1:].flatten(0, 1)).sum().backward()
+        del hidden
+    real = count.peak
+    expected = count_step(build_model(CONFIG, "rm"), "rm", Batch(1, 512, 1, packed=True), "cpu", False, True, False)
+    assert expected == pytest.approx(real, rel=0.05)
+
+
+def test_activations_grow_with_the_tokens_and_shrink_with_checkpointing():
+    one, two = (parts(batch=Batch(1, length, packed=True))["activations"] for length in (4096, 8192))
+    assert two == pytest.approx(2 * one, rel=0.1)
+    assert parts(batch=Batch(1, 8192, packed=True), activation_checkpointing=False)["activations"] > 1.5 * two
+
+
+def test_accumulated_gradients_are_there_when_a_batch_begins():
+    kwargs = {"batch": Batch(1, 4, 4), "device": "cpu", "activation_checkpointing": False}
+    once, accumulated = (parts(**kwargs, accumulates=accumulates)["activations"] for accumulates in (False, True))
+    assert accumulated > once
+
+
+def test_a_mixture_of_experts_is_counted():
+    config = MixtralConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    assert parts(config=config, mixed=True)["activations"] > 0
+
+
+@pytest.mark.parametrize("size", [(4096, 14336, 32, 32), (8192, 28672, 80, 64)], ids=["8B", "70B"])
+def test_large_models_need_only_their_config(size):
+    hidden, intermediate, layers, heads = size
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+    )
+    found = parts(Sharding("deepspeed", 64, 3), config=config, batch=Batch(1, 4096, 4096, packed=True), mixed=True)
+    billions = found["weights"] * 64 / 2 / 1e9
+    assert billions == pytest.approx({32: 8.03, 80: 70.55}[layers], rel=0.01)  # as their model cards say
+
+
+# ---- Measured runs -------------------------------------------------------------------------------------------------
+
+MEASURED = sorted(memory.RESULTS.glob("memory-*.json"))
+
+
+@pytest.fixture(scope="module")
+def sheets() -> dict:
+    return {path.stem: memory.sheet(json.loads(path.read_text())) for path in MEASURED}
+
+
+def test_the_estimate_is_within_15_percent_of_every_measured_run(sheets):
+    assert sheets
+    for name, sheet in sheets.items():
+        assert len(sheet.rows) == len(list(memory.cases()))
+        for row in sheet.rows:
+            assert abs(int(row[4].rstrip("%"))) <= 15, (name, row)
+
+
+def test_the_table_in_the_docs_is_that_of_the_results(sheets):
+    text = memory.DOCS.read_text()
+    names = re.findall(r"<!-- memory: (\S+) -->", text)
+    assert names == list(sheets)
+    for sheet in sheets.values():
+        assert sheet.markdown() in text

@@ -1,0 +1,260 @@
+"""Settings of other systems become a recipe that parses; nothing is dropped without a word."""
+
+import re
+
+import pytest
+from conftest import ROOT
+from typer.testing import CliRunner
+
+from tunebook.data.sources import load_source
+from tunebook.errors import RecipeError
+from tunebook.recipe import TASKS, parse, parser, read_recipe
+from tunebook.tools.cli import app
+from tunebook.tools.migrate import (
+    DEFAULTS,
+    HANDBOOK,
+    OPENRLHF,
+    migrate,
+    migrate_command,
+    older_names,
+    share_of,
+    tables,
+)
+
+MIXTURE = """\
+# For one node of 8 GPUs
+model_name_or_path: org/base
+torch_dtype: bfloat16
+dataset_mixture:
+  datasets:
+    - {id: org/a, config: all, split: train_sft, columns: [messages], weight: 0.5}
+    - {id: org/b, columns: [messages]}
+  seed: 0
+  test_split_size: 1000
+chat_template: "{% for m in messages %}\\n{{ m['content'] }}{% endfor %}"
+max_seq_length: 2048
+packing: true
+packing_strategy: ffd
+warmup_ratio: 0.1
+eval_strategy: 'no'
+per_device_eval_batch_size: 4
+push_to_hub: true
+callbacks: [push_to_hub_revision]
+hub_model_id: org/mine
+hub_model_revision: v1
+overwrite_output_dir: true
+learning_rate: 2.0e-05
+gradient_checkpointing: true
+benchmarks: [lcb_v4]
+hub_token: hf_secret
+mystery: 7
+output_dir: data/mine
+"""
+DOTTED = """\
+set -x
+read -r -d '' training_commands <<EOF
+openrlhf.cli.train_rm \\
+   --model.model_name_or_path org/sft \\
+   --ckpt.output_dir ./rm\\
+   --ckpt.save_steps 50 \\
+   --train.batch_size 256 --train.micro_batch_size 4 \\
+   --data.dataset org/pairs,my.jsonl@part --data.dataset_probs 0.4,1.2 \\
+   --data.apply_chat_template \\
+   --data.max_len 8192 \\
+   --adam.betas 0.9 0.99 \\
+   --eval.dataset org/eval --eval.steps -1 \\
+   --model.loss_type logexp --model.compute_fp32_loss_enable \\
+   --ds.packing_samples --ds.zero_stage 3 --ds.zpg 8
+EOF
+    # --logger.wandb.key [WANDB_TOKENS]
+deepspeed --module $training_commands
+"""
+OLD = """\
+deepspeed --module openrlhf.cli.train_rm --pretrain org/sft --save_path ./rm --save_steps 50 --train_batch_size 256 \
+--micro_train_batch_size 4 --dataset org/pairs,my.jsonl@part --dataset_probs 0.4,1.2 --apply_chat_template \
+--max_len 8192 --adam_betas 0.9 0.99 --eval_dataset org/eval --eval_steps -1 --loss logexp --compute_fp32_loss \
+--packing_samples --zero_stage 3 --zpg 8 2>&1 | tee log
+"""
+SFT = "openrlhf.cli.train_sft --pretrain org/base --dataset my.jsonl "
+VALUES = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("recipes") / "sft" / "config.yaml"
+    path.parent.mkdir()
+    path.write_text(MIXTURE)
+    return migrate(str(path))
+
+
+def parsed(done, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(str(done))
+    assert read_recipe(path) == done.recipe
+    return parse(done.task, read_recipe(path))
+
+
+def test_an_open_r1_recipe_parses_and_trains_with_the_same_numbers(mixture, tmp_path):
+    recipe = parsed(mixture, tmp_path)
+    script_args, args, model_args = recipe.script, recipe.training, recipe.model
+    assert (args.warmup_steps, args.max_length, args.packing_strategy) == (0.1, 2048, "bfd")
+    assert (args.learning_rate, args.activation_checkpointing, model_args.dtype) == (2e-5, True, "bfloat16")
+    assert (args.hub_revision, args.pushes_revisions, args.push_to_hub) == ("v1", True, False)
+    assert script_args.chat_template == "{% for m in messages %}\n{{ m['content'] }}{% endfor %}"
+    first, second = script_args.datasets
+    assert (first.path, first.name, first.split, first.columns) == ("org/a", "all", "train_sft[:50%]", ["messages"])
+    assert (second.path, second.split) == ("org/b", "train")
+    assert mixture.to_do == []
+
+
+def test_what_an_open_r1_recipe_loses_is_listed_with_the_reason(mixture):
+    left = "\n".join(mixture.remarks())
+    assert "overwrite_output_dir: true: they resume" in left
+    assert "push_to_hub: true: push_to_hub_revision pushes" in left
+    assert "per_device_eval_batch_size: 4: `per_device_eval_batch_size` would have no effect. It needs eval" in left
+    assert "benchmarks: lcb_v4: not all in configs/benchmarks" in left
+    assert "mystery: 7: `mystery` is not a key" in left
+    assert "hub_token: ***" in left and "hf_secret" not in str(mixture)
+
+
+def test_a_test_set_in_rows_is_shared_by_the_sources_that_are_split_one_by_one(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text(MIXTURE.replace("eval_strategy: 'no'", "eval_strategy: epoch"))
+    assert parsed(migrate(str(path)), tmp_path).script.test_split_size == 1000 / 2
+
+
+def test_the_mixer_of_older_recipes_becomes_a_data_set_with_its_splits(tmp_path):
+    path = tmp_path / "dpo.yaml"
+    path.write_text(
+        "model_name_or_path: m\noutput_dir: o\ndo_eval: true\npadding_free: true\nmax_length: 64\n"
+        "dataset_mixer: {org/pairs: 0.25}\ndataset_splits: [train_prefs, test_prefs]\ndataset_configs: [all]\n"
+    )
+    recipe = parsed(migrate(str(path)), tmp_path)
+    script_args, args = recipe.script, recipe.training
+    assert (script_args.dataset_name, script_args.dataset_config) == ("org/pairs", "all")
+    assert (script_args.dataset_train_split, script_args.dataset_test_split) == ("train_prefs[:25%]", "test_prefs")
+    assert args.packing
+
+
+def test_old_and_new_flags_of_openrlhf_give_the_same_recipe(tmp_path):
+    script = tmp_path / "train.sh"
+    script.write_text(DOTTED)
+    new, old = migrate(str(script)), migrate(OLD)
+    assert new.recipe == old.recipe
+    assert list(new.left.values()) == list(old.left.values())
+    assert list(new.left) == ["--ds.zpg 8"] and list(old.left) == ["--zpg 8"]
+    assert "configs/accelerate/zero3.yaml src/rm.py" in str(new)
+    assert new.to_do == old.to_do == []
+
+
+def test_openrlhfs_settings_and_defaults_arrive_in_the_configs(tmp_path):
+    recipe = parsed(migrate(OLD), tmp_path)
+    script_args, args = recipe.script, recipe.training
+    assert [(s.path, s.data_dir, s.probability) for s in script_args.datasets] == [
+        ("org/pairs", None, 0.25),
+        ("my.jsonl", "part", pytest.approx(0.75)),
+    ]
+    assert (script_args.apply_chat_template, script_args.mixture_stopping) == (True, "all_exhausted")
+    assert (script_args.eval_dataset_name, script_args.dataset_test_split) == ("org/eval", "train")
+    assert (args.per_device_train_batch_size, args.gradient_accumulation_steps) == (4, 256 // 4)
+    assert (args.loss_type, args.fp32_loss, args.packing, args.max_length) == ("logexp", True, True, 8192)
+    assert (args.save_strategy, args.save_steps, args.save_total_limit) == ("steps", 50, 3)
+    assert (args.eval_strategy, args.adam_beta2) == ("epoch", 0.99)
+    assert (args.learning_rate, args.num_train_epochs, args.activation_checkpointing) == (9e-6, 1, False)
+    assert (args.lr_scheduler_type, args.lr_scheduler_kwargs) == ("cosine_with_min_lr", {"min_lr_rate": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("flags", "keys"),
+    [
+        (
+            "--input_key q --output_key a --input_template $'Q: {}\\nA: '",
+            {"prompt_column": "q", "completion_column": "a", "prompt_template": "Q: {}\nA: "},
+        ),
+        ("--input_key m --apply_chat_template --multiturn", {"messages_column": "m", "assistant_only_loss": True}),
+        ("--input_key m --apply_chat_template", {"messages_column": "m", "last_turn_only_loss": True}),
+        ("--input_key t --pretrain_mode", {"text_column": "t", "pretraining": True}),
+        ("--lora_rank 8 --target_modules q_proj v_proj", {"lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]}),
+        ("--optim muon --muon.lr 0.01 --adam.lr 1e-5", {"optim": "muon", "muon_learning_rate": 0.01}),
+        ("--ring_attn_size 2 --ring_head_stride 4", {"context_parallel_size": 2, "context_parallel_head_stride": 4}),
+        ("--save_steps -1 --bf16 --flash_attn", {"save_strategy": "no", "bf16": True}),
+        ("--train_split part", {"dataset_train_split": "part"}),
+    ],
+)
+def test_a_flag_means_here_what_it_meant_there(flags, keys):
+    got = migrate_command(SFT + flags, None, "OpenRLHF").recipe
+    assert {name: got[name] for name in keys} == keys
+    assert ("prompt_template" in got) == ("_template" not in flags and "_mode" not in flags or "$" in flags)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sharding"),
+    [("--zero_stage 0", "ddp"), ("", "zero2"), ("--ds.zero_stage 3 --ds.adam_offload", "zero3_offload")],
+)
+def test_the_recipe_says_with_which_sharding_to_launch(flags, sharding):
+    launch = migrate_command(SFT + flags, None, "OpenRLHF").launch
+    assert (
+        f"configs/accelerate/{sharding}.yaml" in launch and (ROOT / "configs/accelerate" / f"{sharding}.yaml").exists()
+    )
+
+
+def test_what_depends_on_the_machine_is_not_held_against_the_recipe():
+    assert migrate(SFT + "--ring_attn_size 2 --packing_samples").to_do == []
+
+
+def test_a_weight_is_a_part_of_a_split_that_loads(tmp_path, sft_rows):
+    rows = load_source(str(sft_rows), "train")
+    assert load_source(str(sft_rows), share_of("train", 0.25))["prompt"] == rows["prompt"][: len(rows) // 4]
+    assert share_of("train", 1.0) == "train"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_flag_is_carried_over_or_listed(task):
+    for name, rule in OPENRLHF.items():
+        for flag in [name, *older_names(name, rule)]:
+            value = VALUES.get(name, 1)
+            words = " ".join(map(str, value)) if isinstance(value, list) else f"'{value}'"
+            command = f"train_{task} --{flag} {words}" + " --dataset d" * (name != "data.dataset")
+            done = migrate_command(command, None, "OpenRLHF")
+            told = f"--{flag} " in str(done) or f"--{flag}\n" in str(done) or f"--{flag};" in str(done)
+            assert told or name in ("ds.zero_stage", "data.dataset_split"), flag
+
+
+def test_every_key_that_the_tables_name_exists():
+    known = {name for classes in TASKS.values() for cls in classes for name in parser.keys_of(cls)}
+    named = {key for rule in [*HANDBOOK.values(), *OPENRLHF.values()] for key in re.split(", | or ", rule.keys)}
+    assert named - known == {"", "accelerate launch --config_file"}
+
+
+def test_a_secret_is_in_no_recipe_and_a_shell_variable_must_be_filled_in():
+    done = migrate("train_dpo --dataset $DATA --use_wandb s3cr3t --pretrain m")
+    assert "s3cr3t" not in str(done) and done.recipe["report_to"] == ["wandb"]
+    assert done.left["--dataset $DATA"] == "a variable of the shell"
+    assert done.to_do[0].startswith("`dataset_name` is missing")
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no/such/file.sh", "not a file"),
+        ("no/such/sft.yaml", "no such file"),
+        ("train_sft --pretrain m\ntrain_dpo --pretrain m", "found: 2. Give --task"),
+        ("train_sft stray", "Unexpected argument 'stray'"),
+        ("train_sft --pretrain 'm", "No closing quotation"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(source, message):
+    with pytest.raises(RecipeError, match=message):
+        migrate(source)
+
+
+def test_the_command_writes_a_recipe_and_tells_what_is_left(tmp_path):
+    out = tmp_path / "rm.yaml"
+    done = CliRunner().invoke(app, ["migrate", OLD, "--out", str(out)])
+    assert done.exit_code == 0 and "--zpg 8: DeepSpeed's" in done.stderr and done.stdout == ""
+    assert parse("rm", read_recipe(out)).training.output_dir == "./rm"
+
+
+def test_the_page_holds_the_tables():
+    page = (ROOT / "docs" / "migrating.md").read_text()
+    assert page[page.index("## ") :] == tables(), "write tables() into docs/migrating.md, from its first table on"

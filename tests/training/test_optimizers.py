@@ -1,0 +1,292 @@
+"""optim: muon: its arithmetic against an independent one, which weights it trains, its schedule, resume, DeepSpeed."""
+
+import math
+import re
+import shutil
+from unittest.mock import patch
+
+import pytest
+import torch
+from conftest import build_model, launch, options
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+
+from tunebook.errors import RecipeError
+from tunebook.recipe import parse
+from tunebook.recipe.rules import check_muon
+from tunebook.scripts import sft
+from tunebook.training.optimizers import MuonWithAdamW, hidden_matrices
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    """Five steps of the quintic iteration of https://kellerjordan.github.io/posts/muon/, in float64."""
+    x = matrix.double() / matrix.double().norm()
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x - 4.7750 * gram @ x + 2.0315 * gram @ gram @ x
+    return x.to(matrix.dtype)
+
+
+def polar_factor(matrix: torch.Tensor) -> torch.Tensor:
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ v
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Relative, in the Frobenius norm."""
+    return ((a - b).norm() / b.norm()).item()
+
+
+def random(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def muon_group(parameter, **changes) -> dict:
+    return {"params": [parameter], "use_muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, **changes}
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
+def test_two_updates_are_those_of_the_post(shape):
+    """Nesterov momentum as an average, decoupled weight decay, sqrt(rows / columns) for tall matrices. torch iterates
+    in bf16, of which a unit in the last place is 0.4%."""
+    start, momentum = random(*shape, seed=1), torch.zeros(shape, dtype=torch.float64)
+    parameter, other = torch.nn.Parameter(start.float()), torch.nn.Parameter(torch.ones(3))
+    optimizer = MuonWithAdamW([muon_group(parameter), {"params": [other], "use_muon": False, "lr": 0.1}])
+    expected = start.clone()
+    for step in range(2):
+        gradient = random(*shape, seed=2 + step)
+        parameter.grad = gradient.float()
+        optimizer.step()
+        momentum = 0.9 * momentum + 0.1 * gradient
+        direction = newton_schulz(0.9 * momentum + 0.1 * gradient)
+        expected = (1 - 0.1 * 0.5) * expected - 0.1 * math.sqrt(max(1, shape[0] / shape[1])) * direction
+    decayed = (1 - 0.1 * 0.5) ** 2 * start
+    assert distance(parameter.detach().double() - decayed, expected - decayed) < 0.03
+
+
+def test_an_update_is_about_orthogonal_whatever_the_gradients_scale():
+    gradient, updates = random(24, 24), []
+    for scale in (1, 1e-4):
+        parameter = torch.nn.Parameter(torch.zeros(24, 24))
+        optimizer = MuonWithAdamW(
+            [muon_group(parameter), {"params": [torch.nn.Parameter(torch.ones(3))], "use_muon": False}]
+        )
+        parameter.grad = gradient.float() * scale
+        optimizer.step()
+        updates.append(parameter.detach().double() / -0.1)
+    assert distance(updates[0], polar_factor(gradient)) < 0.35  # singular values of about 0.7 to 1.2
+    assert distance(updates[1], updates[0]) < 0.03
+
+
+def test_the_other_half_is_torchs_adamw_to_the_last_bit():
+    ours, theirs = (torch.nn.Parameter(random(5, 3).float()) for _ in range(2))
+    settings = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
+    matrix = muon_group(torch.nn.Parameter(torch.ones(2, 2)))
+    both = [
+        MuonWithAdamW([{"params": [ours], "use_muon": False, **settings}, matrix]),
+        torch.optim.AdamW([theirs], **settings, fused=True),
+    ]
+    for step in range(3):
+        for parameter, optimizer in zip((ours, theirs), both, strict=True):
+            parameter.grad = random(5, 3, seed=step).float()
+            optimizer.step()
+    assert torch.equal(ours, theirs)
+
+
+SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+
+
+def neox():
+    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES))
+
+
+def mixtral(**changes):
+    return MixtralForCausalLM(MixtralConfig(**SIZES | changes, num_key_value_heads=1, num_local_experts=2))
+
+
+def reward_model():
+    return LlamaForSequenceClassification(build_model(64, num_hidden_layers=1, num_labels=1).config)
+
+
+def lora(**changes):
+    modules = {"target_modules": "all-linear", **changes}
+    return get_peft_model(build_model(64, num_hidden_layers=1), LoraConfig(task_type="CAUSAL_LM", **modules))
+
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.mark.parametrize(
+    ("build", "modules"),
+    [
+        (lambda: build_model(64, num_hidden_layers=1), ATTENTION + MLP),
+        (lambda: build_model(64, num_hidden_layers=1, tie_word_embeddings=True), ATTENTION + MLP),
+        (neox, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+        (mixtral, ATTENTION),
+        (reward_model, ATTENTION + MLP),
+        (lora, []),
+        (lambda: lora(target_modules=ATTENTION, modules_to_save=["down_proj", "lm_head"]), ["down_proj"]),
+    ],
+    ids=["llama", "tied", "gpt-neox", "mixtral", "reward-model", "lora", "lora-and-whole"],
+)
+def test_muon_trains_the_hidden_matrices_and_nothing_else(build, modules):
+    model = build()
+    hidden = hidden_matrices(model)
+    names = [name for name, p in model.named_parameters() if p in hidden]
+    leaves = [name.removesuffix(".weight").removesuffix(".modules_to_save.default").split(".")[-1] for name in names]
+    assert sorted(leaves) == sorted(modules)
+
+
+def keys(tiny, rows, output_dir, **changes) -> dict:
+    base = {
+        "model_name_or_path": str(tiny),
+        "dataset_name": str(rows),
+        "output_dir": str(output_dir),
+        "bf16": False,
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "optim": "muon",
+    }
+    return base | changes
+
+
+def train(*args, **changes):
+    return sft.main(parse("sft", keys(*args, **changes)))
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def run(tiny, sft_rows, tmp_path_factory):
+    """One uninterrupted run, saved at every step."""
+    output_dir = tmp_path_factory.mktemp("runs") / "whole"
+    changes = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    return train(tiny, sft_rows, output_dir, **changes), output_dir, changes
+
+
+def test_both_learning_rates_follow_the_schedule(run):
+    """Warm-up of two steps, then half a cosine; Muon's is 0.2 sqrt(32) times as large."""
+    trainer, _, _ = run
+    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
+    shares = [0, 0.5, 1, 0.5]
+    assert [entry["learning_rate"] for entry in logs] == pytest.approx([1e-3 * share for share in shares])
+    muon = [1e-3 * 0.2 * math.sqrt(32) * share for share in shares]
+    assert [entry["muon_learning_rate"] for entry in logs] == pytest.approx(muon)
+
+
+def test_every_parameter_is_in_one_group(run):
+    trainer, _, _ = run
+    grouped = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len(grouped) == len(set(grouped)) and set(grouped) == set(trainer.model.parameters())
+
+
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(run, tiny, sft_rows, tmp_path):
+    _, whole, changes = run
+    shutil.copytree(whole, tmp_path / "parts")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{step}")
+    train(tiny, sft_rows, tmp_path / "parts", **changes)
+    resumed, uninterrupted = weights(tmp_path / "parts"), weights(whole)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+def test_the_log_says_what_each_side_got(tiny, sft_rows, tmp_path, caplog):
+    with caplog.at_level("INFO", "tunebook"):
+        trainer = train(tiny, sft_rows, tmp_path, max_steps=1, muon_learning_rate=0.02)
+    muon, matrices, adamw = re.search(
+        r"Muon trains ([\d,]+) parameters in (\d+) matrices \(learning rate 0.02\), AdamW ([\d,]+) \(0.001\)",
+        caplog.text,
+    ).groups()
+    sizes = [p.numel() for name, p in trainer.model.named_parameters() if "_proj" in name]
+    assert (int(muon.replace(",", "")), int(matrices)) == (sum(sizes), len(sizes))
+    assert int(adamw.replace(",", "")) == trainer.model.num_parameters() - sum(sizes)
+    assert "max_grad_norm 1 hardly limits the hidden matrices" in caplog.text
+
+
+def test_stacked_experts_go_to_adamw_with_a_warning(tiny, sft_rows, tokenizer, tmp_path, caplog):
+    model = mixtral(vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    train(tmp_path / "moe", sft_rows, tmp_path / "out", max_steps=1)
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert f"{experts:,} parameters of AdamW's are stacked experts" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": "adamw_torch", "muon_momentum": 0.9}, "`muon_momentum` has no effect here. It needs optim: muon"),
+        ({"muon_momentum": 1.0}, "`muon_momentum`: input should be less than 1"),
+        ({"optim_args": "ns_steps=6"}, "`optim_args` has no effect here"),
+        ({"use_peft": True}, "`use_peft` none: LoRA's matrices go to AdamW"),
+    ],
+)
+def test_what_cannot_be_is_refused_when_the_recipe_is_parsed(tiny, sft_rows, tmp_path, changes, message):
+    with pytest.raises(RecipeError, match=re.escape(message)):
+        parse("sft", keys(tiny, sft_rows, tmp_path, **changes))
+
+
+def test_a_run_with_nothing_for_muon_is_refused(tiny, sft_rows, tmp_path):
+    with pytest.raises(RecipeError, match="has nothing to train"):
+        train(tiny, sft_rows, tmp_path, num_layers_unfrozen=0)
+
+
+@pytest.mark.parametrize(
+    ("config", "max_grad_norm", "message"),
+    [
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, 0, "offloaded to the CPU"),
+        ({"zero_optimization": {"stage": 2}}, 1, "Set max_grad_norm: 0"),
+        ({"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, 0, "Remove the section"),
+    ],
+)
+def test_what_deepspeed_cannot_do_right_is_refused(tiny, sft_rows, tmp_path, config, max_grad_norm, message):
+    from accelerate.utils import DeepSpeedPlugin
+
+    args = parse("sft", keys(tiny, sft_rows, tmp_path, max_grad_norm=max_grad_norm)).training
+    args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=config)
+    with pytest.raises(ValueError, match=message):
+        check_muon(args)
+
+
+@pytest.fixture(scope="module")
+def zero(tiny, sft_rows, tmp_path_factory):
+    """Two processes under ZeRO-2, and one without DeepSpeed on the same batches, whose iteration is the one above: the
+    gradients of a tiny model are far from full rank, and torch's bf16 makes noise of what is nearly zero."""
+    folder = tmp_path_factory.mktemp("zero")
+    same = {"max_steps": 3, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    recipe = keys(tiny, sft_rows, folder / "sharded", per_device_train_batch_size=2, **same)
+    sharded = launch("src/sft.py", *options(recipe), config="zero2", processes=2)
+    assert sharded.returncode == 0, sharded.stderr
+    with patch("torch.optim._muon._zeropower_via_newtonschulz", lambda gradient, *_: newton_schulz(gradient)):
+        train(tiny, sft_rows, folder / "whole", **same)
+    return sharded.stderr, folder
+
+
+@pytest.mark.slow
+def test_deepspeed_routes_the_same_weights(zero):
+    log, folder = zero
+    sizes = [weight.numel() for name, weight in weights(folder / "whole").items() if "_proj" in name]
+    assert f"Muon trains {sum(sizes):,} parameters in {len(sizes)} matrices" in log
+
+
+@pytest.mark.slow
+def test_deepspeed_takes_the_steps_of_one_process(zero, tiny):
+    """What each weight moved by. DeepSpeed iterates in float32 on a CPU."""
+    _, folder = zero
+    start, whole, sharded = weights(tiny), weights(folder / "whole"), weights(folder / "sharded")
+    for name, weight in start.items():
+        assert distance(sharded[name] - weight, whole[name] - weight) < 0.005, name

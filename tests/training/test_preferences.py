@@ -1,0 +1,600 @@
+"""Reward models and DPO: objectives against independent computations, what is saved, merged and scored."""
+
+import json
+import math
+from copy import deepcopy
+from types import SimpleNamespace
+
+import pytest
+import torch
+import trl
+from accelerate import DeepSpeedPlugin
+from conftest import build_tokenizer, write_rows
+from datasets import Dataset
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
+from typer.testing import CliRunner
+
+import tunebook
+from tunebook.errors import RecipeError
+from tunebook.following.pairs import score_ids
+from tunebook.recipe import parse
+from tunebook.scripts import dpo, rm
+from tunebook.tools.cli import app
+from tunebook.tools.merge import merge
+from tunebook.tools.score import load_scorer, score_file
+from tunebook.training.models import load_reward_model
+from tunebook.training.trainers import DPOTrainer, PairPackingMixin, RewardTrainer, offloaded_parameters
+
+
+def train(script, tiny, rows, output_dir, **changes):
+    keys = {
+        "model_name_or_path": str(tiny),
+        "dataset_name": str(rows),
+        "output_dir": str(output_dir),
+        "bf16": False,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    given = {name: value for name, value in (keys | changes).items() if value is not None}
+    return script.main(parse(script.__name__.rpartition(".")[2], given))
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- The reward model's loss ----
+
+
+class FixedRewards(torch.nn.Module):
+    """A model that answers with given rewards."""
+
+    def __init__(self, rewards: torch.Tensor, aux_loss: float | None = None):
+        super().__init__()
+        self.rewards, self.aux_loss = rewards, aux_loss
+
+    def forward(self, **inputs):
+        from tunebook.packing.forward import RewardOutput
+
+        return RewardOutput(logits=self.rewards[:, None], aux_loss=self.aux_loss and torch.tensor(self.aux_loss))
+
+
+@pytest.fixture(scope="module")
+def reward_trainer(tiny, pair_rows, tmp_path_factory):
+    return train(rm, tiny, pair_rows, tmp_path_factory.mktemp("rm"), max_steps=1)
+
+
+def test_the_reward_loss_equals_float64_arithmetic_on_random_cases(reward_trainer):
+    """Every combination of loss, margin, centering and balancing loss, 200 random cases."""
+    generator = torch.Generator().manual_seed(0)
+    args = reward_trainer.args
+    for case in range(200):
+        pairs = 1 + case % 5
+        rewards = torch.randn(2 * pairs, generator=generator) * 4
+        margin = torch.rand(pairs, generator=generator) if case % 2 else None
+        args.loss_type = ["sigmoid", "logexp"][case // 2 % 2]
+        args.center_rewards_coefficient = [None, 0.3][case // 4 % 2]
+        args.router_aux_loss_coef = [None, 0.7][case // 8 % 2]
+        inputs = {"attention_mask": torch.ones(2 * pairs, 3)} | ({} if margin is None else {"margin": margin})
+        loss = reward_trainer.compute_loss(FixedRewards(rewards, 1.25).train(), inputs).item()
+        expected = 0.0
+        for i in range(pairs):
+            chosen, rejected = rewards[i].item(), rewards[pairs + i].item()
+            difference = chosen - rejected - (0 if margin is None else margin[i].item())
+            expected += math.log1p(math.exp(-difference)) / pairs
+            expected += (args.center_rewards_coefficient or 0) * (chosen + rejected) ** 2 / pairs
+        expected += 1.25 * (args.router_aux_loss_coef or 0)
+        assert loss == pytest.approx(expected, rel=1e-5, abs=1e-6), case
+    args.loss_type, args.center_rewards_coefficient, args.router_aux_loss_coef = "sigmoid", None, None
+
+
+def test_fp32_loss_keeps_what_bf16_would_lose(reward_trainer):
+    rewards = torch.tensor([8.0, 0.03125], dtype=torch.bfloat16)
+    inputs = {"attention_mask": torch.ones(2, 3)}
+    losses = {}
+    for fp32 in (True, False):
+        reward_trainer.args.fp32_loss = fp32
+        losses[fp32] = reward_trainer.compute_loss(FixedRewards(rewards).train(), dict(inputs))
+    reward_trainer.args.fp32_loss = True
+    assert losses[True].dtype == torch.float32 and losses[False].dtype == torch.bfloat16
+    assert losses[True].item() == pytest.approx(math.log1p(math.exp(0.03125 - 8)), rel=1e-3)
+
+
+def test_without_our_keys_the_run_equals_trls(tiny, pair_rows, tmp_path):
+    """Same rows, seed and hyperparameters under TRL's own RewardTrainer and DPOTrainer."""
+    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    dataset = Dataset.from_list(rows).select_columns(["prompt", "chosen", "rejected"])
+    common = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, save_strategy="no")
+    common |= dict(bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
+    for script, config, trainer_class in (
+        (rm, trl.RewardConfig, trl.RewardTrainer),
+        (dpo, trl.DPOConfig, trl.DPOTrainer),
+    ):
+        theirs = trainer_class(str(tiny), args=config(str(tmp_path / "t"), **common), train_dataset=dataset)
+        theirs.train()
+        ours = train(script, tiny, pair_rows, tmp_path / "o")
+        for name in ("loss", "grad_norm"):
+            assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=1e-4), (script.__name__, name)
+
+
+def test_the_balancing_loss_reaches_the_reward_model(tmp_path, tokenizer, pair_rows):
+    torch.manual_seed(0)
+    small = dict(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
+    )
+    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, num_experts_per_tok=2, **small)
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    runs = [train(rm, tmp_path / "moe", pair_rows, tmp_path / f"o{c}", router_aux_loss_coef=c) for c in (0.0, 0.5)]
+    expected = logged(runs[0], "loss")[0] + 0.5 * logged(runs[1], "aux_loss")[0]
+    assert logged(runs[1], "loss")[0] == pytest.approx(expected, rel=1e-4)
+
+
+# ---- The reward model as saved ----
+
+
+@pytest.fixture(scope="module")
+def reward_model(tiny, pair_rows, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rm") / "calibrated"
+    keys = {"do_eval": True, "test_split_size": 9, "per_device_eval_batch_size": 4, "subset_column": "subset"}
+    return train(rm, tiny, pair_rows, folder, calibrate_rewards=True, **keys), folder
+
+
+def test_calibration_and_accuracy_by_subset_equal_a_loop_over_the_pairs(reward_model):
+    trainer, folder = reward_model
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    rewards = [
+        [model(torch.tensor([row[side]])).logits.item() for side in ("chosen_ids", "rejected_ids")]
+        for row in trainer.eval_dataset
+    ]
+    flat = torch.tensor(rewards, dtype=torch.float64).flatten()
+    assert model.config.mean == pytest.approx(flat.mean().item(), abs=1e-5)
+    assert model.config.std == pytest.approx(flat.std().item(), rel=1e-4)
+    metrics = json.loads((folder / "eval_results.json").read_text())
+    won = [chosen > rejected for chosen, rejected in rewards]
+    assert metrics["eval_accuracy"] == pytest.approx(sum(won) / len(won))
+    names = trainer.eval_dataset.features["subset"].names
+    for number, name in enumerate(names):
+        of_subset = [w for w, row in zip(won, trainer.eval_dataset, strict=True) if row["subset"] == number]
+        assert metrics[f"eval_accuracy_{name}"] == pytest.approx(sum(of_subset) / len(of_subset))
+
+
+@pytest.fixture(scope="module")
+def eos_padded(tmp_path_factory):
+    """A model whose pad token is its EOS token, as many are published."""
+    folder = tmp_path_factory.mktemp("models") / "eos_padded"
+    tokenizer = build_tokenizer(special=("<|im_start|>", "<|im_end|>"))
+    tokenizer.pad_token = tokenizer.eos_token
+    from conftest import build_model
+
+    build_model(len(tokenizer), pad_token_id=tokenizer.eos_token_id).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_reward_is_read_at_eos_although_pad_is_eos(eos_padded, pair_rows, tmp_path):
+    trainer = train(rm, eos_padded, pair_rows, tmp_path / "o", do_eval=True, test_split_size=8)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o")
+    assert tokenizer.pad_token != tokenizer.eos_token
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
+    row = trainer.eval_dataset[0]["chosen_ids"]
+    assert row[-1] == tokenizer.eos_token_id
+    at_eos = model.score(model.model(torch.tensor([row])).last_hidden_state[0, -1]).item()
+    assert model(torch.tensor([row])).logits.item() == pytest.approx(at_eos, abs=1e-6)
+    padded = torch.tensor([row + [tokenizer.pad_token_id] * 3])
+    assert model(padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits.item() == pytest.approx(
+        at_eos, abs=1e-5
+    )
+
+
+def test_another_head_name_is_saved_and_found_again(tiny, pair_rows, tmp_path):
+    trainer = train(rm, tiny, pair_rows, tmp_path / "o", value_head_prefix="value_head")
+    assert "value_head.weight" in load_file(tmp_path / "o" / "model.safetensors")
+    again = load_reward_model(str(tmp_path / "o"))
+    assert torch.equal(again.score.weight, trainer.model.score.weight)
+
+
+def test_lora_trains_and_merges_the_reward_head(tiny, pair_rows, tmp_path):
+    trainer = train(
+        rm, tiny, pair_rows, tmp_path / "o", use_peft=True, lora_target_modules=["q_proj"], learning_rate=0.05
+    )
+    head = trainer.model.base_model.model.score.modules_to_save["default"].weight
+    assert head.requires_grad and trainer.model.peft_config["default"].task_type == "SEQ_CLS"
+    rows = [row["chosen_ids"] for row in trainer.train_dataset]
+    before = score_ids(trainer.model.eval(), rows)
+    merge(tmp_path / "o", tmp_path / "merged")
+    model, _ = load_scorer(str(tmp_path / "merged"))
+    assert score_ids(model, rows) == pytest.approx(before, abs=1e-5)
+    assert torch.equal(model.score.weight, head)
+    with pytest.raises(RecipeError, match="exists"):
+        merge(tmp_path / "o", tmp_path / "merged")
+
+
+def test_merging_into_another_base_is_noticed(tiny, pair_rows, tmp_path):
+    from conftest import build_model
+
+    train(dpo, tiny, pair_rows, tmp_path / "o", use_peft=True, lora_target_modules=["q_proj"], learning_rate=0.05)
+    merge(tmp_path / "o", tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert not torch.equal(
+        merged.model.layers[0].self_attn.q_proj.weight, build_model(320).model.layers[0].self_attn.q_proj.weight
+    )
+    with pytest.raises(RecipeError, match="holds no adapter"):
+        merge(tmp_path / "merged", tmp_path / "again")
+
+
+def test_score_writes_raw_and_normalized_rewards_of_a_file(reward_model, tmp_path):
+    _, folder = reward_model
+    rows = [{"prompt": "what is 1? ", "completion": "five"}, {"prompt": "what? ", "completion": "one and four " * 3}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    done = CliRunner().invoke(
+        app, ["score", str(folder), str(path), "--out", str(tmp_path / "r.jsonl"), "--batch-size", "2"]
+    )
+    assert done.exit_code == 0, done.output
+    model, tokenizer = (
+        AutoModelForSequenceClassification.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    for row, line in zip(rows, (tmp_path / "r.jsonl").read_text().splitlines(), strict=True):
+        scored = json.loads(line)
+        ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
+        expected = model(ids).logits.item()
+        assert scored["reward"] == pytest.approx(expected, abs=1e-5)
+        assert scored["normalized_reward"] == pytest.approx((expected - model.config.mean) / model.config.std, rel=1e-3)
+
+
+@pytest.mark.parametrize("templated", [False, True])
+def test_a_reward_model_is_benchmarked_on_files_of_pairs(templated, tiny, pair_rows, tmp_path):
+    """On text like the rows it trains on."""
+    keys = {
+        "apply_chat_template": templated,
+        "do_eval": True,
+        "test_split_size": 9,
+        "packing": True,
+        "pair_benchmarks": [str(pair_rows)],
+        "per_device_eval_batch_size": 5,
+    }
+    trainer = train(rm, tiny, pair_rows, tmp_path / "o", **keys)
+    [row] = [json.loads(line) for line in (tmp_path / "o" / "benchmarks.jsonl").read_text().splitlines()]
+    model, tokenizer = load_scorer(str(tmp_path / "o"))
+    won = {}
+    for line in pair_rows.read_text().splitlines():
+        pair = json.loads(line)
+        texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+        if templated:
+            turns = [
+                [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}]
+                for side in ("chosen", "rejected")
+            ]
+            texts = tokenizer.apply_chat_template(turns, tokenize=False)
+        chosen, rejected = score_ids(model, tokenizer(texts)["input_ids"])
+        won.setdefault(pair["subset"], []).append(chosen > rejected)
+    for subset, wins in won.items():
+        assert row["scores"]["pairs"][f"accuracy_{subset}"] == pytest.approx(sum(wins) / len(wins))
+    assert logged(trainer, "eval_bench_pairs_accuracy")
+
+
+def test_a_benchmark_without_prompts_is_refused(tiny, pair_rows, tmp_path):
+    path = write_rows(tmp_path / "b.jsonl", [{"chosen": "a", "rejected": "b"}])
+    with pytest.raises(RecipeError, match="b has no column prompt"):
+        train(rm, tiny, pair_rows, tmp_path / "o", do_eval=True, test_split_size=9, pair_benchmarks=[str(path)])
+
+
+def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": ""}])
+    with pytest.raises(RecipeError, match="row 1: empty text"):
+        score_file(str(reward_model[1]), str(path), tmp_path / "r.jsonl")
+
+
+# ---- DPO's losses ----
+
+
+@pytest.fixture(scope="module")
+def dpo_trainer(tiny, pair_rows, tmp_path_factory):
+    return train(dpo, tiny, pair_rows, tmp_path_factory.mktemp("dpo"), max_steps=1, per_device_train_batch_size=2)
+
+
+class FixedLogProbs:
+    """A model that answers with given per-token log-probabilities."""
+
+    def __init__(self, log_probs: torch.Tensor, mask: torch.Tensor):
+        self.log_probs, self.mask = log_probs, mask
+
+    def __call__(self, **inputs):
+        zeros = torch.zeros_like(self.log_probs)
+        return trl.trainer.utils.FusedCausalLMOutput(
+            log_probs=self.log_probs * self.mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+        )
+
+
+def dpo_loss(trainer, logps, ref, mask):
+    """`logps`: (2B, L); `ref`: (2B,) summed; `mask`: (2B, L)."""
+    batch = len(logps) // 2
+    inputs = {
+        "input_ids": torch.ones(len(logps), logps.shape[1] + 1, dtype=torch.long),
+        "attention_mask": torch.ones(len(logps), logps.shape[1] + 1, dtype=torch.long),
+        "completion_mask": torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask], dim=1),
+        "ref_chosen_logps": ref[:batch],
+        "ref_rejected_logps": ref[batch:],
+    }
+    trainer.precompute_ref_logps = True
+    try:
+        return trainer._compute_loss(FixedLogProbs(logps, mask), inputs, False).item()
+    finally:
+        trainer.precompute_ref_logps = False
+
+
+def random_case(generator):
+    batch, length = int(torch.randint(1, 5, (), generator=generator)), 7
+    lengths = torch.randint(1, length + 1, (2 * batch,), generator=generator)
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    return (
+        -torch.rand(2 * batch, length, generator=generator) * 3,
+        torch.randn(2 * batch, generator=generator) * 4 - 5,
+        mask,
+    )
+
+
+def settle(trainer, **changes):
+    """The trainer's objective as its constructor settles it from the arguments."""
+    args = trainer.args
+    defaults = dict(
+        loss_type=["sigmoid"], loss_weights=None, label_smoothing=0.0, ipo_reduction="mean", nll_loss_coef=None
+    )
+    vars(args).update({**defaults, **changes})
+    trainer.beta = args.beta
+    trainer.settle_objective()
+
+
+def expected_loss(logps, ref, mask, beta, loss_type, epsilon=0.0, nll=0.0) -> float:
+    logps, ref, mask = logps.double(), ref.double(), mask.double()
+    half = len(logps) // 2
+    total = 0.0
+    for i in range(half):
+        sums = [(logps[j] * mask[j]).sum().item() for j in (i, half + i)]
+        delta = (sums[0] - ref[i].item()) - (sums[1] - ref[half + i].item())
+        x = beta * delta
+        if loss_type == "sigmoid":
+            total += (1 - epsilon) * math.log1p(math.exp(-x)) + epsilon * math.log1p(math.exp(x))
+        else:
+            total += (delta - 1 / (2 * beta)) ** 2
+        total += nll * -sums[0] / mask[i].sum().item()
+    return total / half
+
+
+def test_cdpo_equals_float64_arithmetic_on_random_cases(dpo_trainer):
+    generator = torch.Generator().manual_seed(1)
+    for case in range(200):
+        logps, ref, mask = random_case(generator)
+        epsilon = case % 10 / 21
+        settle(dpo_trainer, label_smoothing=epsilon)
+        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "sigmoid", epsilon)
+        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, rel=1e-5), case
+
+
+def test_cdpo_equals_trls_aot_at_one_pair(dpo_trainer):
+    """aot sorts the batch before it pairs; with one pair there is nothing to sort."""
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(20):
+        logps, ref, mask = random_case(generator)
+        half = len(logps) // 2
+        one = [torch.stack([x[0], x[half]]) for x in (logps, ref, mask)]
+        settle(dpo_trainer, label_smoothing=0.2)
+        ours = dpo_loss(dpo_trainer, *one)
+        settle(dpo_trainer, label_smoothing=0.2, loss_type=["aot"])
+        assert ours == pytest.approx(dpo_loss(dpo_trainer, *one), rel=1e-5)
+
+
+def test_ipo_on_sums_equals_float64_arithmetic_on_random_cases(dpo_trainer):
+    generator = torch.Generator().manual_seed(3)
+    for case in range(200):
+        logps, ref, mask = random_case(generator)
+        settle(dpo_trainer, loss_type=["ipo"], ipo_reduction="sum")
+        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "ipo")
+        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, rel=1e-5, abs=1e-5), case
+
+
+def test_nll_is_a_mean_over_tokens_then_over_pairs_on_random_cases(dpo_trainer):
+    generator = torch.Generator().manual_seed(4)
+    for case in range(200):
+        logps, ref, mask = random_case(generator)
+        settle(dpo_trainer, nll_loss_coef=0.3, label_smoothing=0.1)
+        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "sigmoid", 0.1, nll=0.3)
+        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, rel=1e-5), case
+
+
+def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(20):
+        logps, ref, mask = random_case(generator)
+        combined = dict(loss_type=["sigmoid", "ipo", "hinge"], loss_weights=[0.5, 0.1, 2.0], nll_loss_coef=0.3)
+        settle(dpo_trainer, **combined, ipo_reduction="sum", label_smoothing=0.1)
+        ours = dpo_loss(dpo_trainer, logps, ref, mask)
+        settle(dpo_trainer, loss_type=["hinge"])
+        hinge = dpo_loss(dpo_trainer, logps, ref, mask)
+        beta = dpo_trainer.beta
+        expected = 0.5 * expected_loss(logps, ref, mask, beta, "sigmoid", 0.1) + 2.0 * hinge
+        expected += 0.1 * expected_loss(logps, ref, mask, beta, "ipo")
+        expected += 0.3 * (
+            expected_loss(logps, ref, mask, beta, "sigmoid", nll=1) - expected_loss(logps, ref, mask, beta, "sigmoid")
+        )
+        assert ours == pytest.approx(expected, rel=1e-4)
+
+
+def test_label_smoothing_of_two_losses_at_once_is_refused(tiny, pair_rows, tmp_path):
+    with pytest.raises(RecipeError, match="label_smoothing"):
+        train(dpo, tiny, pair_rows, tmp_path, loss_type=["sigmoid", "robust"], label_smoothing=0.1)
+
+
+LOSSES = (
+    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
+    "sigmoid_norm"
+)
+
+
+@pytest.mark.parametrize("loss_type", LOSSES.split())
+def test_every_loss_of_trl_trains_packed_as_padded(loss_type, tiny, pair_rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(PairPackingMixin, "_get_train_sampler", trl.DPOTrainer._get_train_sampler)  # the same batches
+    smoothing = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust", "aot") else {}
+    keys = {"loss_type": loss_type, "max_steps": 2, **smoothing}
+    padded = train(dpo, tiny, pair_rows, tmp_path / "a", **keys)
+    packed = train(dpo, tiny, pair_rows, tmp_path / "b", packing=True, share_prefix=True, **keys)
+    assert logged(packed, "loss") == pytest.approx(logged(padded, "loss"), rel=1e-4, abs=1e-6)
+    assert logged(packed, "grad_norm") == pytest.approx(logged(padded, "grad_norm"), rel=1e-3)
+
+
+# ---- DPO's reference ----
+
+
+def test_ref_offload_under_zero3_offloads_the_reference_and_not_the_policy():
+    plugin = DeepSpeedPlugin(zero_stage=3)
+    with offloaded_parameters(SimpleNamespace(ref_offload=True, deepspeed_plugin=plugin, world_size=1)):
+        plugin.deepspeed_config = deepcopy(plugin.deepspeed_config)  # as the trainer's constructor does
+        assert plugin.deepspeed_config["zero_optimization"]["offload_param"]["device"] == "cpu"
+    assert plugin.deepspeed_config["zero_optimization"]["offload_param"]["device"] == "none"
+
+
+def test_precomputed_offloaded_and_plain_references_are_the_same(tiny, pair_rows, tmp_path):
+    runs = [
+        train(dpo, tiny, pair_rows, tmp_path / str(i), **keys)
+        for i, keys in enumerate([{}, {"precompute_ref_log_probs": True}, {"ref_offload": True}])
+    ]
+    assert logged(runs[1], "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-5)
+    assert logged(runs[2], "loss") == logged(runs[0], "loss")
+
+
+def test_a_precomputed_reference_is_that_of_the_recipes_ld_alpha(tiny, pair_rows, tmp_path):
+    """The first run leaves log-probs of the same rows and model in the cache."""
+    train(dpo, tiny, pair_rows, tmp_path / "a", precompute_ref_log_probs=True)
+    runs = [
+        train(dpo, tiny, pair_rows, tmp_path / str(precompute), ld_alpha=0.5, precompute_ref_log_probs=precompute)
+        for precompute in (True, False)
+    ]
+    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-5)
+
+
+def test_another_reference_model_is_used(tiny, pair_rows, tmp_path):
+    from conftest import build_model
+
+    other = build_model(320)
+    with torch.no_grad():
+        other.lm_head.weight.mul_(3)
+    other.save_pretrained(tmp_path / "ref")
+    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "ref")
+    same = train(dpo, tiny, pair_rows, tmp_path / "a")
+    another = train(dpo, tiny, pair_rows, tmp_path / "b", ref_model_name_or_path=str(tmp_path / "ref"))
+    assert logged(same, "loss")[0] == pytest.approx(math.log(2), rel=1e-6)  # policy and reference are equal
+    assert logged(another, "loss")[0] != pytest.approx(math.log(2), rel=1e-3)
+
+
+def test_under_lora_the_reference_is_the_model_without_its_adapter(tiny, pair_rows, tmp_path):
+    trainer = train(
+        dpo, tiny, pair_rows, tmp_path / "o", use_peft=True, lora_target_modules=["q_proj"], learning_rate=0.05
+    )
+    assert trainer.ref_model is None
+    assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert logged(trainer, "rewards/margins")[2] != 0
+
+
+@pytest.mark.parametrize("script", [rm, dpo])
+@pytest.mark.parametrize("batch", [{}, {"max_tokens_per_batch": 200, "per_device_train_batch_size": None}], ids=str)
+def test_preference_runs_resume_bit_for_bit(script, batch, tiny, pair_rows, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, "packing": True, **batch}
+    train(script, tiny, pair_rows, tmp_path / "whole", **keys)
+    train(script, tiny, pair_rows, tmp_path / "parts", **keys)
+    import shutil
+
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-14")
+    train(script, tiny, pair_rows, tmp_path / "parts", **keys)
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+
+
+def test_the_saving_is_said_and_decides_the_default(tiny, pair_rows, tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        trainer = train(dpo, tiny, pair_rows, tmp_path / "o", packing=True)
+    assert trainer.shares_prefix
+    assert "Sharing the prefix of chosen and rejected saves" in caplog.text
+
+
+def test_a_batch_of_tokens_holds_no_more(tiny, pair_rows, tmp_path):
+    trainer = train(
+        rm, tiny, pair_rows, tmp_path / "o", packing=True, max_tokens_per_batch=150, per_device_train_batch_size=None
+    )
+    assert all(trainer.batches.lengths[batch].sum() <= 150 for batch in trainer.batches)
+    with pytest.raises(RecipeError, match="max_tokens_per_batch is 10, but the longest row"):
+        train(
+            rm, tiny, pair_rows, tmp_path / "p", packing=True, max_tokens_per_batch=10, per_device_train_batch_size=None
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"per_device_train_batch_size": 8}, "global_batch_size: 4"), ({"share_prefix": False}, "share_prefix: true")],
+)
+def test_batches_that_would_be_balanced_in_another_way_are_not_resumed(change, message, tiny, pair_rows, tmp_path):
+    keys = {"packing": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
+    train(rm, tiny, pair_rows, tmp_path / "o", **keys)
+    with pytest.raises(RecipeError, match=f"was made with {message}.*Set {message}"):
+        train(rm, tiny, pair_rows, tmp_path / "o", **keys | change | {"max_steps": 2})
+
+
+def test_packing_refuses_a_model_with_state_by_name(tokenizer, pair_rows, tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)).save_pretrained(
+        tmp_path / "m"
+    )
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(RecipeError, match="Set packing: false"):
+        train(dpo, tmp_path / "m", pair_rows, tmp_path / "o", packing=True)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_reward_model_that_is_an_encoder_is_refused(packing, tokenizer, pair_rows, tmp_path):
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, **small)
+    BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
+    tokenizer.save_pretrained(tmp_path / "m")
+    with pytest.raises(RecipeError, match="no causal model with one head"):
+        train(rm, tmp_path / "m", pair_rows, tmp_path / "o", packing=packing)
+
+
+def test_the_loss_of_a_router_that_is_not_there_is_refused(tiny, pair_rows, tmp_path):
+    with pytest.raises(RecipeError, match="no mixture of experts"):
+        train(rm, tiny, pair_rows, tmp_path / "o", router_aux_loss_coef=0.01)
+
+
+def test_from_python_is_the_same_run(tiny, pair_rows, tmp_path):
+    keys = dict(
+        model_name_or_path=str(tiny),
+        dataset_name=str(pair_rows),
+        bf16=False,
+        max_steps=2,
+        save_strategy="no",
+        beta=0.2,
+    )
+    a = tunebook.dpo(**keys, output_dir=str(tmp_path / "a"), logging_steps=1)
+    b = train(
+        dpo, tiny, pair_rows, tmp_path / "b", max_steps=2, beta=0.2, per_device_train_batch_size=8, learning_rate=1e-6
+    )
+    assert logged(a, "loss") == logged(b, "loss")
+    with pytest.raises(ValueError, match="Did you mean beta"):
+        tunebook.dpo(**keys | {"betta": 1}, output_dir=str(tmp_path / "c"))
+
+
+def test_trainers_are_trls():
+    assert issubclass(RewardTrainer, trl.RewardTrainer) and issubclass(DPOTrainer, trl.DPOTrainer)
