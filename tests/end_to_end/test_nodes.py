@@ -137,5 +137,5 @@ def test_a_slurm_job_of_two_nodes_that_is_requeued_goes_on(slurm, uninterrupted,
     subprocess.run(["scontrol", "update", f"JobId={job}", "StartTime=now"], check=True)  # Slurm would wait two minutes
     wait_for(lambda: show_job(job).get("JobState") in ("COMPLETED", "FAILED", "CANCELLED"), 300, log.read_text)
     assert show_job(job)["JobState"] == "COMPLETED" and show_job(job)["Restarts"] == "1", log.read_text()
-    assert "Going on from" in log.read_text()
+    assert "Resuming from" in log.read_text()
     assert_same_weights(tmp_path / "o", uninterrupted)

@@ -99,7 +99,7 @@ def test_an_open_r1_recipe_parses_and_trains_with_the_same_numbers(mixture, tmp_
     script_args, args, model_args = recipe.script, recipe.training, recipe.model
     assert (args.warmup_steps, args.max_length, args.packing_strategy) == (0.1, 2048, "bfd")
     assert (args.learning_rate, args.activation_checkpointing, model_args.dtype) == (2e-5, True, "bfloat16")
-    assert (args.hub_revision, args.pushes_revisions, args.push_to_hub) == ("v1", True, False)
+    assert (args.hub_revision, args.push_to_hub_revision, args.push_to_hub) == ("v1", True, False)
     assert script_args.chat_template == "{% for m in messages %}\n{{ m['content'] }}{% endfor %}"
     first, second = script_args.datasets
     assert (first.path, first.name, first.split, first.columns) == ("org/a", "all", "train_sft[:50%]", ["messages"])
