@@ -19,6 +19,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tunebook import run_script
+
 CORPUS = ["the quick brown fox jumps over the lazy dog", "what is two plus three? five. one and four make five too."]
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -146,6 +148,33 @@ def launch_runs(runs: list[tuple[str, dict]], config: str, processes: int) -> su
     done = launch("tests/runs.py", json.dumps(runs), config=config, processes=processes, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     return done
+
+
+def short_recipe(model: Path, rows: Path, output_dir: Path, **changes) -> dict:
+    """The keys of a short run on the CPU that saves no checkpoint; a change to None takes a key away."""
+    keys = {
+        "model_name_or_path": str(model),
+        "dataset_name": str(rows),
+        "output_dir": str(output_dir),
+        "bf16": False,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+    }
+    return {name: value for name, value in (keys | changes).items() if value is not None}
+
+
+def train(task: str, model: Path, rows: Path, output_dir: Path, **changes):
+    """Trains [`short_recipe`] with the task's script; returns the trainer."""
+    return run_script(task, short_recipe(model, rows, output_dir, **changes))
+
+
+def logged(trainer, name: str) -> list[float]:
+    """The values of a key of the trainer's log, in their order."""
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
 
 
 def assert_same_weights(one: Path, other: Path) -> None:
