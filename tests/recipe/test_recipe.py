@@ -1,14 +1,17 @@
 """A recipe's key is honoured or refused, never ignored."""
 
 import logging
+import re
 
 import pytest
+import trl
 import yaml
 from conftest import ROOT, launch
 
 from tunebook.errors import RecipeError
 from tunebook.recipe import TASKS, parse, parser, read_command_line, read_recipe
-from tunebook.recipe.rules import NEEDS, RANGES
+from tunebook.recipe.needs import TERM, holds
+from tunebook.recipe.rules import NEEDS, RANGES, RULES
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o", "bf16": False}
 MIX = [{"path": "a", "probability": 0.5}, {"path": "b", "probability": 0.5}]
@@ -55,11 +58,11 @@ MISTAKES = [
     ("sft", {"metric_for_best_model": "eval_loss"}, "needs load_best_model_at_end"),
     ("sft", {"test_split_size": 0.1, "do_eval": True, "eval_dataset_name": "e"}, "needs no eval_dataset_name"),
     ("sft", {"pretraining": True, "assistant_only_loss": True}, "needs pretraining: false"),
-    ("sft", {"assistant_only_loss": True, "last_turn_only_loss": True}, "Take one"),
+    ("sft", {"assistant_only_loss": True, "last_turn_only_loss": True}, "Set one of them"),
     ("sft", {"messages_column": "m", "completion_column": "c"}, "needs no messages_column"),
     ("sft", {"chat_template": "x", "chat_template_path": "y.jinja"}, "needs no chat_template_path"),
     ("sft", {"prompt_template": "Q: "}, "has no {}"),
-    ("sft", {"padding_free": True}, "Set packing: true"),
+    ("sft", {"padding_free": True}, "Set `packing: true`"),
     ("sft", {"bf16": True, "fp16": True}, "both true"),
     ("sft", {"hub_token": "hf_x"}, "HF_TOKEN"),
     ("sft", {"dataset_streaming": True}, "not supported"),
@@ -80,14 +83,18 @@ MISTAKES = [
     ("dpo", {"label_smoothing": 0.6}, "less than 0.5"),
     ("dpo", {"ipo_reduction": "sum"}, "needs loss_type: ipo"),
     ("dpo", {"ref_model_revision": "v"}, "needs ref_model_name_or_path"),
-    ("dpo", {"ref_offload": True, "precompute_ref_log_probs": True}, "a reference model that is kept"),
+    (
+        "dpo",
+        {"ref_offload": True, "precompute_ref_log_probs": True},
+        "needs precompute_ref_log_probs: false",
+    ),
     ("dpo", {"truncation_mode": "keep_end"}, "deprecated in TRL"),
     ("dpo", {"share_prefix": True}, "needs packing: true"),
     ("rm", {"packing": True, "train_sampling_strategy": "sequential"}, "balanced by tokens"),
-    ("rm", {"train_sampling_strategy": "batch_rebalance"}, "knows no pairs"),
+    ("rm", {"train_sampling_strategy": "batch_rebalance"}, "cannot balance pairs"),
     ("dpo", {"packing": True, "neftune_noise_alpha": 5}, "depends on the length of the row"),
     ("dpo", {"sync_ref_model": True, "ref_offload": True}, "`ref_offload` keeps on the CPU"),
-    ("rm", {"value_head_prefix": "v", "push_to_hub": True}, "Take push_to_hub_revision"),
+    ("rm", {"value_head_prefix": "v", "push_to_hub": True}, "Set `push_to_hub_revision` instead"),
     ("sft", {"do_train": False}, "a run always trains"),
     ("rm", {"margin_column": "m"}, "needs use_margin: true"),
     ("rm", {"calibrate_rewards": True}, "needs eval_strategy"),
@@ -111,8 +118,39 @@ def test_all_mistakes_are_said_at_once():
 
 def test_every_rule_names_keys_that_exist():
     known = {name for classes in TASKS.values() for cls in classes for name in parser.keys_of(cls)}
-    assert {name for keys, _ in NEEDS for name in keys.split()} <= known
+    assert {name for name, _ in NEEDS} <= known
     assert set(RANGES) <= known
+
+
+def test_every_condition_is_read_and_names_keys_that_exist():
+    known = {name for task in TASKS for name in parser.task_keys(task)} | {"task"}
+    declared = [
+        need for task in TASKS for field, _ in parser.task_keys(task).values() for need in parser.needs_of(field)
+    ]
+    for condition in [*declared, *(need for _, need in NEEDS), *(rule["if"] for rule in RULES["contradictions"])]:
+        for term in re.split(", or | and ", condition.partition("; ")[0]):
+            assert TERM.fullmatch(term)["key"] in known, condition
+
+
+@pytest.mark.parametrize(
+    ("condition", "holding", "failing"),
+    [
+        ("a: x or y, or b: true; because", [{"a": "y", "b": False}, {"a": "z", "b": True}], [{"a": "z", "b": False}]),
+        ("a: x, y or z", [{"a": ["q", "z"]}], [{"a": ["q"]}, {}]),
+        ("a other than no", [{"a": None}, {"a": "yes"}], [{"a": "no"}]),
+        ("a of 2 or more", [{"a": 2}], [{"a": 1}, {}]),
+        ("a and no b", [{"a": 0.1}, {"a": [1], "b": None}], [{"a": -1}, {"a": "x", "b": 1}]),
+        ("a: false", [{}, {"a": False}], [{"a": True}, {"a": None}]),
+    ],
+)
+def test_a_condition_holds_as_it_reads(condition, holding, failing):
+    assert all(holds(condition, values) for values in holding)
+    assert not any(holds(condition, values) for values in failing)
+
+
+def test_a_key_that_trl_or_transformers_still_has_is_never_called_gone():
+    live = {name for config in (trl.SFTConfig, trl.RewardConfig, trl.DPOConfig) for name in parser.keys_of(config)}
+    assert {name for name, old in parser.old_keys().items() if old.kind == "chosen"} == live & parser.old_keys().keys()
 
 
 def test_renamed_keys_are_not_offered_as_near_names():

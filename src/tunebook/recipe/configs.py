@@ -17,35 +17,29 @@ from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 
 from ..environment import uses_fsdp, uses_parallelism_config
-from .needs import (
-    BENCHMARKS,
-    EVALUATION,
-    KEPT_REFERENCE,
-    LORA,
-    MUON,
-    NO_COMPLETION,
-    NO_MESSAGES,
-    NO_PRETRAINING,
-    NO_TOKEN_LIMIT,
-    PACKING,
-    PROMPTS,
-    PUSHES,
-    SAVES,
-    TEMPLATE,
-    Need,
-    equals,
-    has_probability,
-    loss_types,
-    reports_to,
-)
 from .rules import check_muon
 
+EVALUATION = "eval_strategy: steps or epoch, or do_eval: true"
+PACKING = "packing: true"
+LORA = "use_peft: true"
+MUON = "optim: muon"
+PUSHES = "push_to_hub_revision: true"
+WANDB = "report_to: wandb or all"
+TURNS = "pretraining: false; it trains on plain text"
+TEMPLATE = "apply_chat_template other than false"
+SAVES = "save_strategy other than no"
+NO_MESSAGES = "no messages_column; a row has one or the other"
+NO_COMPLETION = "no completion_column; a row has one or the other"
+NO_TOKEN_LIMIT = "no max_tokens_per_batch; it decides how many pairs a batch has"
+NO_PRECOMPUTED = "precompute_ref_log_probs: false; that keeps no reference"
+OTHER_REFERENCE = "use_peft: false, or ref_model_name_or_path; LoRA's reference is the model with its adapter off"
 
-def key(default: Any, help: str, *needs: Need, **limits: float) -> Any:
+
+def key(default: Any, help: str, *needs: str, **limits: float) -> Any:
     """Declare a key.
 
     Args:
-        needs: what must hold for the key to have an effect.
+        needs: conditions that must hold for the key to have an effect, as needs.py reads them.
         limits: ge, gt, le, lt of its number.
     """
     metadata = {"help": help, "needs": needs, "range": Interval(**limits) if limits else None}
@@ -75,34 +69,33 @@ class ScriptArguments(TRLScriptArguments):
     mixture_stopping: Literal["first_exhausted", "all_exhausted"] = key(
         "first_exhausted",
         "When a mixture by probability ends: with its first exhausted source, or with its last.",
-        Need(has_probability, "a probability for every entry of datasets"),
     )
     eval_dataset_name: str | None = key(None, "Evaluate on this data set: Hub id, local file or folder.", EVALUATION)
     test_split_size: float | None = key(
         None,
         "Hold out this fraction (below 1) or number of rows for evaluation, drawn with the seed.",
         EVALUATION,
-        Need(lambda v: v["eval_dataset_name"] is None, "no eval_dataset_name: the two are different evaluation sets"),
+        "no eval_dataset_name; the two are different evaluation sets",
         gt=0,
     )
     max_train_samples: int | None = key(None, "Train on the first N rows only.", ge=1)
     max_eval_samples: int | None = key(None, "Evaluate on the first N rows only.", EVALUATION, ge=1)
-    prompt_column: str | None = key(None, "Column of the prompt: text or messages. Default: prompt.", NO_PRETRAINING)
+    prompt_column: str | None = key(None, "Column of the prompt: text or messages. Default: prompt.", TURNS)
     prompt_template: str | None = key(
-        None, "Put a plain prompt into this text at {}, e.g. 'User: {}\\nAssistant: '.", NO_PRETRAINING
+        None, "Put a plain prompt into this text at {}, e.g. 'User: {}\\nAssistant: '.", TURNS
     )
-    system_prompt: str | None = key(None, "System turn for conversations that have none.", NO_PRETRAINING, TEMPLATE)
+    system_prompt: str | None = key(None, "System turn for conversations that have none.", TURNS, TEMPLATE)
     chat_template: str | None = key(
         None,
         "Jinja chat template, written into the recipe.",
-        NO_PRETRAINING,
+        TURNS,
         TEMPLATE,
-        Need(lambda v: v["chat_template_path"] is None, "no chat_template_path: give the template in one place"),
+        "no chat_template_path; give the template in one place",
     )
     apply_chat_template: bool | None = key(
         None,
         "Make turns of plain prompts and answers (true). Default: only messages go through the template.",
-        NO_PRETRAINING,
+        TURNS,
     )
 
 
@@ -113,7 +106,7 @@ class ModelConfig(trl.ModelConfig):
     num_layers_unfrozen: int | None = key(
         None,
         "Train the top N layers, the final norm and the head only. Default: every layer.",
-        Need(lambda v: not v["use_peft"], "use_peft: false; LoRA already freezes the model"),
+        "use_peft: false; LoRA already freezes the model",
         ge=0,
     )
 
@@ -153,13 +146,16 @@ class RunConfig:
     )
 
     global_batch_size: int | None = key(
-        None, "Rows per step over all devices; sets gradient_accumulation_steps from it.", NO_TOKEN_LIMIT, ge=1
+        None,
+        "Rows per step over all devices; sets gradient_accumulation_steps from it.",
+        NO_TOKEN_LIMIT,
+        ge=1,
     )
     context_parallel_size: int = key(1, "Processes that share each batch, a packed row, and so its activations.", ge=1)
     context_parallel_head_stride: int | None = key(
         None,
         "Key and value heads that they exchange at a time: fewer take less memory, computed twice. Default: all.",
-        Need(lambda v: v["context_parallel_size"] > 1, "context_parallel_size of 2 or more"),
+        "context_parallel_size of 2 or more",
         ge=1,
     )
     resume_from_checkpoint: str = key(
@@ -169,11 +165,14 @@ class RunConfig:
     dry_run: bool = key(False, "Print what the run would do and take, and what is wrong with it; train nothing.")
     force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
     save_total_gb: float | None = key(
-        None, "Delete the oldest checkpoints when all together are larger than this (GB).", SAVES, gt=0
+        None,
+        "Delete the oldest checkpoints when all together are larger than this (GB).",
+        "save_strategy other than no",
+        gt=0,
     )
-    wandb_entity: str | None = key(None, "Weights & Biases user or team.", reports_to("wandb"))
-    wandb_project: str | None = key(None, "Weights & Biases project.", reports_to("wandb"))
-    wandb_run_group: str | None = key(None, "Weights & Biases group of runs.", reports_to("wandb"))
+    wandb_entity: str | None = key(None, "Weights & Biases user or team.", WANDB)
+    wandb_project: str | None = key(None, "Weights & Biases project.", WANDB)
+    wandb_run_group: str | None = key(None, "Weights & Biases group of runs.", WANDB)
     callbacks: list[str] = key([], "Callbacks of your own: module:Class of a TrainerCallback, built without arguments.")
     push_to_hub_revision: bool = key(
         False,
@@ -226,45 +225,50 @@ class CausalLMConfig(RunConfig):
 
     benchmarks: list[str] = key([], "Run on each checkpoint: names in configs/benchmarks, or paths.")
     benchmark_launcher: Literal["local", "slurm"] = key(
-        "local", "Where benchmarks run: subprocesses, or Slurm jobs.", BENCHMARKS
+        "local", "Where benchmarks run: subprocesses, or Slurm jobs.", "benchmarks"
     )
     benchmark_schedule: Literal["after", "beside", "evaluation"] | None = key(
         None,
         "When: after training, beside it, or at each evaluation, which waits. Default: evaluation if the best model is "
         "chosen by a benchmark, beside with slurm or benchmark_devices, else after.",
-        BENCHMARKS,
+        "benchmarks",
     )
     benchmark_devices: list[str] = key(
         [],
         "CUDA_VISIBLE_DEVICES of each benchmark that runs at a time.",
-        BENCHMARKS,
-        equals("benchmark_launcher", "local"),
+        "benchmarks",
+        "benchmark_launcher: local",
     )
-    benchmark_timeout: float = key(7200, "Seconds after which a benchmark is given up.", BENCHMARKS, gt=0)
+    benchmark_timeout: float = key(7200, "Seconds after which a benchmark is given up.", "benchmarks", gt=0)
     eval_prompts: list[str] = key(
         [], "Generate from these at each evaluation: prompts, a .txt or .jsonl file, or column:NAME.", EVALUATION
     )
     eval_generation_kwargs: dict[str, Any] | None = key(
         None,
         "Arguments of generate(), e.g. {max_new_tokens: 64}; one key may have a list of values to sweep.",
-        PROMPTS,
+        "eval_prompts",
     )
-    eval_metrics: list[str] = key([], "module:function with (samples, prompts, outputs) -> {name: [values]}.", PROMPTS)
-    stop_sequences: list[str] = key([], "Cut generations at these texts.", PROMPTS)
+    eval_metrics: list[str] = key(
+        [], "module:function of (samples, prompts, outputs) -> {name: [values]}.", "eval_prompts"
+    )
+    stop_sequences: list[str] = key([], "Cut generations at these texts.", "eval_prompts")
 
 
 @dataclass
 class SFTConfig(CausalLMConfig, trl.SFTConfig):
     messages_column: str | None = key(
-        None, "Column of whole conversations. Default: messages, or conversations.", NO_PRETRAINING
+        None, "Column of whole conversations. Default: messages, or conversations.", TURNS
     )
     completion_column: str | None = key(
-        None, "Column of the completion: text or messages. Default: completion.", NO_PRETRAINING, NO_MESSAGES
+        None, "Column of the completion: text or messages. Default: completion.", TURNS, NO_MESSAGES
     )
     text_column: str | None = key(
-        None, "Column of plain text, trained on throughout. Default: text.", NO_MESSAGES, NO_COMPLETION
+        None,
+        "Column of plain text, trained on throughout. Default: text.",
+        NO_MESSAGES,
+        NO_COMPLETION,
     )
-    last_turn_only_loss: bool = key(False, "Train on the last assistant turn of a conversation only.", NO_PRETRAINING)
+    last_turn_only_loss: bool = key(False, "Train on the last assistant turn of a conversation only.", TURNS)
     pretraining: bool = key(False, "Continue pre-training on text_column: no template, no EOS, loss on every token.")
 
 
@@ -294,12 +298,12 @@ class RewardConfig(PreferenceConfig, RunConfig, trl.RewardConfig):
         "sigmoid", "-logsigmoid(chosen - rejected), or log(1 + exp(rejected - chosen)): the same in exact arithmetic."
     )
     use_margin: bool = key(False, "Subtract margin_column from the reward difference.")
-    margin_column: str | None = key(None, "Column of margins. Default: margin.", equals("use_margin", True))
+    margin_column: str | None = key(None, "Column of margins. Default: margin.", "use_margin: true")
     fp32_loss: bool = key(True, "Compute the loss in float32, whatever the model's dtype.")
     value_head_prefix: str = key(
         "score",
         "Name of the reward head's module.",
-        Need(lambda v: not v["use_peft"], "use_peft: false; an adapter's head is called score"),
+        "use_peft: false; an adapter's head is called score",
     )
     router_aux_loss_coef: float | None = key(
         None, "Weight of the load-balancing loss of a mixture-of-experts model.", ge=0
@@ -320,7 +324,7 @@ class DPOConfig(PreferenceConfig, CausalLMConfig, trl.DPOConfig):
     ipo_reduction: Literal["mean", "sum"] = key(
         "mean",
         "IPO on log-probabilities averaged over the completion's tokens (TRL), or summed (OpenRLHF).",
-        Need(lambda v: "ipo" in loss_types(v), "loss_type: ipo"),
+        "loss_type: ipo",
     )
     nll_loss_coef: float | None = key(
         None,
@@ -331,9 +335,14 @@ class DPOConfig(PreferenceConfig, CausalLMConfig, trl.DPOConfig):
     ref_model_revision: str = key(
         "main",
         "Revision of ref_model_name_or_path.",
-        Need(lambda v: v["ref_model_name_or_path"] is not None, "ref_model_name_or_path"),
+        "ref_model_name_or_path",
     )
-    ref_offload: bool = key(False, "Keep the reference model on the CPU between its passes.", KEPT_REFERENCE)
+    ref_offload: bool = key(
+        False,
+        "Keep the reference model on the CPU between its passes.",
+        NO_PRECOMPUTED,
+        OTHER_REFERENCE,
+    )
 
 
 def has_fast_bf16() -> bool:

@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,8 +19,8 @@ from pydantic import TypeAdapter, ValidationError
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, shipped
 from . import configs
-from .needs import Need
-from .rules import CONTRADICTIONS, NEEDS, RANGES
+from .needs import holds
+from .rules import NEEDS, RANGES, contradictions
 
 logger = logging.getLogger(__name__)
 
@@ -165,6 +165,11 @@ def keys_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
 
+def task_keys(task: str) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """Return [`keys_of`] all three configs of a task."""
+    return {name: entry for cls in TASKS[task] for name, entry in keys_of(cls).items()}
+
+
 def unknown_key(task: str, name: str) -> str:
     """Return the message for a key that the task does not have."""
     if name in old_keys():
@@ -174,8 +179,7 @@ def unknown_key(task: str, name: str) -> str:
     owners = [other for other, classes in TASKS.items() if any(name in keys_of(cls) for cls in classes)]
     if owners:
         return f"`{name}` is a key of {' and '.join(owners)}, not of {task}. Remove it."
-    known = [known for cls in TASKS[task] for known in keys_of(cls)]
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    near = difflib.get_close_matches(name, task_keys(task), n=3, cutoff=0.6)
     return f"`{name}` is not a key." + (f" Did you mean {' or '.join(near)}?" if near else " See --help for all keys.")
 
 
@@ -209,18 +213,12 @@ def describe(hint: Any) -> str:
 
 def dead_keys(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
     """Return key -> what it needs, for every given key that has no effect in this combination."""
-    return {name: need.text for name, need in list_needs(values["task"]) if name in given and not need.holds(values)}
+    needs = [(name, need) for name, (field, _) in task_keys(values["task"]).items() for need in needs_of(field)]
+    return {name: need for name, need in needs + NEEDS if name in given and not holds(need, values)}
 
 
-def list_needs(task: str) -> Iterator[tuple[str, Need]]:
-    """Yield each key with each of its needs: those declared with our keys, then those of TRL's and transformers'."""
-    for cls in TASKS[task]:
-        for name, (field, _) in keys_of(cls).items():
-            for need in field.metadata.get("needs", ()):
-                yield name, need
-    for names, need in NEEDS:
-        for name in names.split():
-            yield name, need
+def needs_of(field: dataclasses.Field) -> Sequence[str]:
+    return field.metadata.get("needs", ())
 
 
 def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -233,7 +231,7 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
     given = merge(recipe, overrides)
     if given.get("log_level") == "debug":
         logging.getLogger("tunebook").setLevel(logging.DEBUG)
-    known = {name: entry for cls in TASKS[task] for name, entry in keys_of(cls).items()}
+    known = task_keys(task)
     defaults = {"task": task, **{name: default(field) for name, (field, _) in known.items()}}
     mistakes, values = [], dict(defaults)
     for name, value in given.items():
@@ -253,7 +251,7 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
             mistakes.append(f"`{name}` has no effect here. It needs {fix}.")
         else:
             logger.warning("`%s` has no effect beside the command line's keys. It needs %s.", name, fix)
-    mistakes += [message for wrong, message in CONTRADICTIONS if wrong(values)]
+    mistakes += contradictions(values)
     if mistakes:
         raise RecipeError("\n".join(mistakes))
     with user_errors(TypeError, ImportError):
