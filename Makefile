@@ -39,11 +39,12 @@ slurm: install  ## make slurm TASK=sft RECIPE=recipes/... NODES=2 ACCELERATE=zer
 test: install  ## the whole suite: offline, no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 
-lint: install  ## check style; changes nothing
+lint: install  ## check style and dependencies; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/deptry src
 
-format: install  ## mend style
+format: install  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
