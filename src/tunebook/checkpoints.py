@@ -1,4 +1,4 @@
-"""Which checkpoint is complete, what it was made from, and which one to go on from.
+"""Checkpoints: which one is complete, what it was made from, and which one to resume from.
 
 A checkpoint is complete when its manifest.json is there and every file has the size that is written in it. The manifest
 is written last, and older checkpoints are deleted only after that: however a run ends, the newest one is whole.
@@ -23,24 +23,24 @@ from .errors import RecipeError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-BEGUN = f"{MANIFEST}.partial"  # in a checkpoint whose save is going on, or was interrupted
-FIXED = ("model", "data", "seed", "max_tokens_per_batch")  # with another of these it is another run
-# A full disk or quota in the words of Python, of safetensors, and of torch.save, which does not keep the error's number
+BEGUN = f"{MANIFEST}.partial"  # in a checkpoint that is being saved, or whose save was interrupted
+FIXED = ("model", "data", "seed", "max_tokens_per_batch")  # a run with a different one is a different run
+# How Python, safetensors and torch.save, which loses the error's number, report a full disk or quota
 FULL = re.compile(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b|inline_container\.cc")
 
 
 class DiskFullError(RecipeError):
-    """No room for a save: not the recipe's mistake, but no traceback helps either."""
+    """A save found no room. The recipe is not at fault, but no traceback helps either."""
 
     exit_code = 1
 
 
 @contextmanager
 def saving(what: str, output_dir: Path) -> Iterator[None]:
-    """Around a save, for a disk that fills in the middle of it.
+    """Explain a disk that fills in the middle of a save.
 
     Raises:
-        DiskFullError: says what could not be saved, and what the same command goes on from.
+        DiskFullError: names what could not be saved, and what the same command resumes from.
     """
     try:
         yield
@@ -53,19 +53,23 @@ def saving(what: str, output_dir: Path) -> Iterator[None]:
         raise DiskFullError(
             f"{what} could not be saved, {free / 1e6:.1f} MB are free for {output_dir}: {message}\n"
             + (f"{whole[-1].name} is whole. " if whole else "There is no checkpoint before it. ")
-            + f"Make room, and the same command goes on from {whole[-1].name if whole else 'the start'}."
+            + f"Make room; the same command resumes from {whole[-1].name if whole else 'the start'}."
         ) from error
 
 
 def begin(folder: Path) -> None:
-    """Mark a checkpoint that will be written as ours, and not complete, whatever is in its folder."""
+    """Mark a checkpoint as ours and incomplete before it is written, whatever its folder holds."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / BEGUN).touch()
     (folder / MANIFEST).unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
-    """Declare a checkpoint complete. `record`: what it was made from, and how far it came."""
+    """Declare a checkpoint complete.
+
+    Args:
+        record: what it was made from, and how far training has come.
+    """
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in (MANIFEST, BEGUN):
         files.pop(name, None)
@@ -77,7 +81,7 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest of a complete checkpoint; None for an incomplete one."""
+    """Return the manifest of a complete checkpoint; None for an incomplete one."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
@@ -87,14 +91,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """Complete checkpoints, the least trained first."""
+    """Return the complete checkpoints, the least trained first."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     manifests = {path: read_manifest(path) for path in found}
     return sorted((p for p, m in manifests.items() if m), key=lambda p: manifests[p]["consumed_samples"])
 
 
 def find_checkpoint(output_dir: Path, wish: str) -> Path | None:
-    """The checkpoint to go on from: the last complete one (auto), none (never), or a given one.
+    """Return the checkpoint to resume from: the last complete one (auto), none (never), or a given one.
 
     Raises:
         RecipeError: when the given one does not exist or is incomplete.
@@ -104,61 +108,63 @@ def find_checkpoint(output_dir: Path, wish: str) -> Path | None:
     if wish != "auto":
         if read_manifest(Path(wish)) is None:
             raise RecipeError(
-                f"`resume_from_checkpoint` {wish}: not a complete checkpoint of tunebook (no {MANIFEST})."
+                f"`resume_from_checkpoint` {wish} is not a complete checkpoint of tunebook (it has no {MANIFEST}). Set "
+                "it to one, or to auto."
             )
         return Path(wish)
     complete = list_checkpoints(output_dir)
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
-        logger.warning("%s is not used: its save was interrupted, or it is not a checkpoint of tunebook.", path)
+        logger.warning("%s is ignored: its save was interrupted, or it is not a checkpoint of tunebook.", path)
     return complete[-1] if complete else None
 
 
 def set_aside(output_dir: Path, names: Sequence[str]) -> None:
-    """Move an earlier run's checkpoints, and what else is called one of `names`, to a folder of their own: a run that
-    starts anew must not go on from them, rotate them or report their scores as its own."""
+    """Move an earlier run's checkpoints, and the files of `names`, to a folder of their own.
+
+    A run that starts anew must not resume from them, rotate them or report their scores as its own.
+    """
     left = [*list_checkpoints(output_dir), *filter(Path.exists, (output_dir / name for name in names))]
     if left:
         folder = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"
         folder.mkdir()
         for path in left:
             path.rename(folder / path.name)
-        logger.warning("What an earlier run left in %s is in %s now.", output_dir, folder.name)
+        logger.warning("Moved what an earlier run left in %s to %s.", output_dir, folder.name)
 
 
 def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool, deepspeed: bool = False) -> None:
-    """Tell what changed since the checkpoint was made; refuse what makes a continuation something else.
+    """Log what changed since the checkpoint was made; refuse to resume if the model, the data or the seed differs.
 
     Raises:
-        RecipeError: when the model, the data or the seed is another, or the optimizer's state is not there, which
-            transformers 5.23 goes on without, and it is not forced.
+        RecipeError: for such a difference, or a missing optimizer state, without which transformers 5.23 would resume
+            silently; never when `force` is set.
     """
     before = read_manifest(checkpoint)
     assert before is not None
     state = "global_step" if deepspeed else "optimizer"
     if not force and not any(name.startswith(state) for name in before["files"]):
         raise RecipeError(
-            f"{checkpoint} has no state of the optimizer for this launch: it was saved with save_only_model, or "
-            f"{'without' if deepspeed else 'under'} DeepSpeed. Set resume_from_checkpoint: never, or force_resume: "
-            "true to go on with a new one."
+            f"{checkpoint} has no optimizer state for this launch: it was saved with save_only_model, or "
+            f"{'without' if deepspeed else 'under'} DeepSpeed. Set `resume_from_checkpoint: never`, or `force_resume: "
+            "true` to resume with a new optimizer."
         )
     changed = [f"{name}: {before[name]} -> {record[name]}" for name in FIXED if before[name] != record[name]]
     if changed and not force:
         raise RecipeError(
-            f"{checkpoint} was made from something else ({'; '.join(changed)}). Take another output_dir, or set "
-            "resume_from_checkpoint: never, or force_resume: true to go on all the same."
+            f"{checkpoint} was made from something else ({'; '.join(changed)}). Set another `output_dir`, "
+            "`resume_from_checkpoint: never`, or `force_resume: true` to resume all the same."
         )
     old, new = before["recipe"], record["recipe"]
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             logger.warning(
-                "Since %s the recipe changed: %s: %s -> %s", checkpoint.name, name, old.get(name), new.get(name)
+                "The recipe has changed since %s: %s: %s -> %s", checkpoint.name, name, old.get(name), new.get(name)
             )
 
 
 def rotate(output_dir: Path, limit: int | None, max_gb: float | None, best: str | None) -> None:
-    """Delete the least trained checkpoints while there are more than `limit` or all together are larger than `max_gb`
-    (GB), and those whose save was interrupted. The last one, the best one, and what is not ours stay.
-    """
+    """Delete the least trained checkpoints while there are more than `limit`, or all together exceed `max_gb` (GB), and
+    those whose save was interrupted. The last one, the best one, and what other programs saved stay."""
     complete = list_checkpoints(output_dir)
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
         if (path / BEGUN).exists():
