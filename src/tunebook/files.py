@@ -11,6 +11,7 @@ from typing import Any
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import SafeRepresenter
 
 from .errors import RecipeError
 
@@ -27,9 +28,20 @@ def shipped(path: str | Path) -> Path:
     return next((place for place in places if place.exists()), path)
 
 
+class Representer(SafeRepresenter):
+    """Write text of several lines as a block."""
+
+    def represent_str(self, text: str) -> Any:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
+
+
+Representer.add_representer(str, Representer.represent_str)
+
+
 def yaml_1_2() -> YAML:
     """YAML 1.2, in which 2e-5 is a number and `no` a word, and a key stands once in a mapping."""
     yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = Representer
     yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 2**16
     return yaml
 

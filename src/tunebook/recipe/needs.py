@@ -14,7 +14,7 @@ from typing import Any
 Values = Mapping[str, Any]
 
 TERM = re.compile(
-    r"(?P<no>no )?(?P<key>\w+)(?:: (?P<values>.+)| other than (?P<other>\S+)| of (?P<least>\d+) or more)?"
+    r"(?P<no>no )?(?P<key>[\w.]+)(?:: (?P<values>.+)| other than (?P<other>\S+)| of (?P<least>\d+) or more)?"
 )
 
 

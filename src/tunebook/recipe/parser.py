@@ -110,8 +110,24 @@ def find_task(path: str | Path, task: str | None = None) -> str:
 
 
 def read_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, Any]]:
-    """Split arguments into the file of `--config FILE` and overrides: `--key value`, `--key=value`, `--flag`,
-    `--list a b`, `--dict.key value`. Values are read as YAML.
+    """Split arguments into the file of `--config FILE` and overrides; `--dict.key value` sets a key of a mapping.
+
+    Raises:
+        RecipeError: for an argument that does not belong to a --key.
+    """
+    overrides: dict[str, Any] = {}
+    for name, value in read_flags(arguments).items():
+        target, *path = name.split(".")
+        holder = overrides
+        for step in path:
+            holder, target = holder.setdefault(target, {}), step
+        holder[target] = value
+    config = overrides.pop("config", None)
+    return config, overrides
+
+
+def read_flags(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read `--key value`, `--key=value`, `--flag` and `--list a b`. Values are read as YAML.
 
     Raises:
         RecipeError: for an argument that does not belong to a --key.
@@ -126,16 +142,8 @@ def read_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, A
             raise RecipeError(f"Unexpected argument {argument!r}: options are written --key value.")
         else:
             current.append(argument)
-    overrides: dict[str, Any] = {}
-    for name, values in words.items():
-        parsed = [read_word(value) for value in values]
-        target, *path = name.split(".")
-        holder = overrides
-        for step in path:
-            holder, target = holder.setdefault(target, {}), step
-        holder[target] = True if not parsed else parsed[0] if len(parsed) == 1 else parsed
-    config = overrides.pop("config", None)
-    return config, overrides
+    parsed = {name: [read_word(value) for value in values] for name, values in words.items()}
+    return {name: True if not values else values[0] if len(values) == 1 else values for name, values in parsed.items()}
 
 
 def read_word(word: str) -> Any:
@@ -181,6 +189,22 @@ def unknown_key(task: str, name: str) -> str:
         return f"`{name}` is a key of {' and '.join(owners)}, not of {task}. Remove it."
     near = difflib.get_close_matches(name, task_keys(task), n=3, cutoff=0.6)
     return f"`{name}` is not a key." + (f" Did you mean {' or '.join(near)}?" if near else " See --help for all keys.")
+
+
+def read_values(task: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return every key of a task with its given or default value, and the mistakes: key -> message."""
+    known = task_keys(task)
+    values = {"task": task, **{name: default(field) for name, (field, _) in known.items()}}
+    mistakes = {}
+    for name, value in given.items():
+        if name in old_keys() or name not in known:
+            mistakes[name] = unknown_key(task, name)
+            continue
+        try:
+            values[name] = read_value(name, value, *known[name])
+        except RecipeError as error:
+            mistakes[name] = str(error)
+    return values, mistakes
 
 
 def read_value(name: str, value: Any, field: dataclasses.Field, hint: Any) -> Any:
@@ -231,20 +255,11 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
     given = merge(recipe, overrides)
     if given.get("log_level") == "debug":
         logging.getLogger("tunebook").setLevel(logging.DEBUG)
-    known = task_keys(task)
-    defaults = {"task": task, **{name: default(field) for name, (field, _) in known.items()}}
-    mistakes, values = [], dict(defaults)
-    for name, value in given.items():
-        if name in old_keys() or name not in known:
-            mistakes.append(unknown_key(task, name))
-            continue
-        try:
-            values[name] = read_value(name, value, *known[name])
-        except RecipeError as error:
-            mistakes.append(str(error))
+    values, mistakes = read_values(task, given)
     if mistakes:
-        raise RecipeError("\n".join(mistakes))
+        raise RecipeError("\n".join(mistakes.values()))
 
+    defaults, mistakes = read_values(task, {})[0], []
     dead_alone = dead_keys(recipe, {**defaults, **{name: values[name] for name in recipe}})
     for name, fix in dead_keys(given, values).items():
         if name in overrides or name in dead_alone:
