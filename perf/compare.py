@@ -1,12 +1,13 @@
-"""Speed, memory and start of tunebook's scripts against TRL's own, side by side, on the CPU in float32.
+"""Compare speed, memory and start-up of tunebook's scripts with TRL's own, side by side, on the CPU in float32.
 
-python perf/compare.py                   all cases; writes perf/results/<machine>.json and .png, docs/performance.md
-python perf/compare.py --only rm-gsm8k   one of them; prints its table
-python perf/compare.py --docs            the tables of docs/performance.md again, from perf/results
+python perf/compare.py                   measure all cases; write perf/results/<machine>.json, .png, docs/performance.md
+python perf/compare.py --only rm-gsm8k   measure one case; print its table
+python perf/compare.py --docs            write the tables of docs/performance.md again, from perf/results
 
-Each case trains the same model on the same rows with the same batch, a process a run, in turn: TRL, tunebook, TRL,
-tunebook. TRL runs at its defaults, which compute activations again in the backward pass; once without that, too.
-tunebook computes nothing again where that takes no more memory than TRL, else the cheap ones (selective).
+Each case trains the same model on the same rows with the same batch. Each run is a process of its own, and the sides
+alternate: TRL, tunebook, TRL, tunebook. TRL runs at its defaults, which recompute activations in the backward pass, and
+once without recomputation. tunebook recomputes nothing where that takes no more memory than TRL. Elsewhere it
+recomputes only what is cheap (selective).
 """
 
 import argparse
@@ -51,7 +52,7 @@ SCRIPTS = {
     "rm": ("trl.scripts.reward", "src/rm.py"),
     "dpo": ("trl.scripts.dpo", "src/dpo.py"),
 }
-TRL, TUNEBOOK = "TRL", "tunebook"  # in every round; the others in the first
+TRL, TUNEBOOK = "TRL", "tunebook"  # run in every round; the other two run in the first
 TRL_NO_CHECKPOINTING, TUNEBOOK_NO_CHECKPOINTING = "TRL, no checkpointing", "tunebook, no checkpointing"
 
 
@@ -60,11 +61,11 @@ class Case:
     name: str
     task: str
     model: str
-    rows: str  # a function of rows.py
+    rows: str  # name of a function in rows.py
     batch: int
-    steps: int  # timed: an epoch
+    steps: int  # timed steps: one epoch
     sides: tuple[str, ...]
-    selective: bool = False  # checkpointing of tunebook's side, where it would else take more memory than TRL's
+    selective: bool = False  # tunebook recomputes selectively, because it would take more memory than TRL otherwise
 
 
 PAIR = (TRL, TUNEBOOK)
@@ -80,7 +81,7 @@ CASES = (
     Case("sft-gsm8k-16", "sft", "SmolLM2-135M", "gsm8k", 16, 1, PAIR),
 )
 OTHERS = ("preparation", "scaling")
-LENGTHS, BATCHES, BATCH_LENGTH = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8), 512  # of scaling
+LENGTHS, BATCHES, BATCH_LENGTH = (256, 512, 1024, 2048, 4096), (1, 2, 4, 8), 512  # for `scale`
 SCALING_STEPS, PREPARED_ROWS = 3, 8000
 
 
@@ -88,12 +89,12 @@ SCALING_STEPS, PREPARED_ROWS = 3, 8000
 
 
 class Bench:
-    """Runs everything in processes of its own, in a folder that is thrown away.
+    """Run each measurement in its own process, in a temporary folder.
 
     Args:
-        models: folders, by the names that the cases use.
-        gsm8k: a folder with train.jsonl and preferences.jsonl; without it, words of the same lengths.
-        arguments: rounds, minutes and quick of the command line.
+        models: folder of each model, by the name that the cases use.
+        gsm8k: folder with train.jsonl and preferences.jsonl. Without it, rows are random words of the same lengths.
+        arguments: rounds, minutes and quick from the command line.
     """
 
     def __init__(self, folder: Path, models: dict[str, Path], gsm8k: Path | None, arguments: argparse.Namespace):
@@ -107,7 +108,7 @@ class Bench:
         return self.folder / str(self.paths)
 
     def run(self, script: str, *arguments: Any) -> Any:
-        """What a script beside this one writes down. Data caches are empty; threads are the environment's."""
+        """Run another script of this folder and return its result. The data cache is empty; threads are inherited."""
         out = self.new_path()
         env = {**os.environ, "HF_DATASETS_CACHE": str(self.new_path()), "HF_HUB_OFFLINE": "1"}
         env["PYTHONPATH"] = os.pathsep.join([str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])])
@@ -126,7 +127,7 @@ class Bench:
         return recipe
 
     def compare(self, cases: list[Case]) -> dict[str, dict[str, Any]]:
-        """The runs of both sides, round by round; after the first round, of the cases for which there is time."""
+        """Return the runs of both sides, round by round. Later rounds hold only the cases for which there is time."""
         records = {case.name: self.set_up(case) for case in cases}
         for round in range(self.rounds):
             for case in cases:
@@ -143,8 +144,8 @@ class Bench:
         batch, steps = 2 if self.quick else case.batch, case.steps
         drawn = self.draw_rows(case.rows, batch * steps)
         ours = rows.write(drawn, self.new_path())
-        # TRL takes its rows as they stand, the short ones in a step that is not timed. Batches of packed pairs are
-        # balanced, and rows of SFT packed: there all rows come in an epoch that is not timed.
+        # TRL reads its rows in order, so short rows come first, for a step that is not timed. tunebook balances batches
+        # of pairs and packs rows of SFT, so a whole epoch that is not timed comes first there.
         theirs = rows.write(rows.short(batch, drawn[0]) + drawn, self.new_path()).parent
         common = {"per_device_train_batch_size": batch, "bf16": False, "use_cpu": True}
         common |= {"save_strategy": "no", "report_to": "none"}
@@ -192,7 +193,7 @@ class Bench:
             self.console.log(f"{case.name}, {side}: {rate(run):,.0f} tokens/s")
 
     def prepare(self) -> dict[str, Any]:
-        """Seconds from a file to tokenized rows, in turn."""
+        """Measure the seconds from a file to tokenized rows; the sides alternate."""
         count = 20 if self.quick else PREPARED_ROWS
         files = {}
         for task, name in (("sft", "gsm8k"), ("rm", "gsm8k_preferences"), ("dpo", "gsm8k_preferences")):
@@ -202,7 +203,7 @@ class Bench:
         return {task: {"rows": count, "seconds": of_task} for task, of_task in seconds.items()}
 
     def scale(self) -> list[dict[str, Any]]:
-        """Steps of SFT on the small model, by the length of a row and by the number of rows."""
+        """Measure SFT steps of the small model by the length of a row and by the number of rows."""
         lengths, batches, steps = (LENGTHS, BATCHES, SCALING_STEPS) if not self.quick else ((8, 16), (1, 2), 1)
         unit = BATCH_LENGTH if not self.quick else lengths[-1]
         shapes = [(length, 1) for length in lengths] + [(unit, batch) for batch in batches]
@@ -214,7 +215,7 @@ class Bench:
             options |= {"max_steps": steps + 1, "packing": True, "activation_checkpointing": False, "bf16": False}
             recipes.append(self.write_recipe({**options, "use_cpu": True, "save_strategy": "no"}))
         runs = self.run("measure.py", "scale", ROOT / SCRIPTS["sft"][1], *recipes)
-        self.console.log("scaling is measured")
+        self.console.log("scaling: measured")
         return [
             {"length": length, "batch": batch, "seconds": [step["seconds"] for step in run["steps"][1:]]}
             for (length, batch), run in zip(shapes, runs, strict=True)
@@ -222,7 +223,7 @@ class Bench:
 
 
 def packed_length(drawn: rows.Rows, model: Path, steps: int) -> int:
-    """Of a packed row, so that `steps` of them hold all rows."""
+    """Return the length of a packed row at which `steps` packed rows hold all rows."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     tokens = tokenizer([row["prompt"] + row["completion"] + tokenizer.eos_token for row in drawn])["input_ids"]
     lengths = list(map(len, tokens))
@@ -233,7 +234,7 @@ def packed_length(drawn: rows.Rows, model: Path, steps: int) -> int:
 
 
 def matmul_rate(model: Path, tokens: int = 2048) -> float:
-    """Operations a second of `tokens` through the first layer of the model's MLP, in float32."""
+    """Return the operations per second of the first matrix product of the model's MLP on `tokens`, in float32."""
     config = AutoConfig.from_pretrained(model)
     x, weight = torch.randn(tokens, config.hidden_size), torch.randn(config.intermediate_size, config.hidden_size)
     timer = Timer(
@@ -244,16 +245,16 @@ def matmul_rate(model: Path, tokens: int = 2048) -> float:
     return 2 * tokens * weight.numel() / timer.blocked_autorange(min_run_time=0.5).median
 
 
-# ---- What it comes to ----------------------------------------------------------------------------------------------
+# ---- Summaries -----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Size:
-    """Parameters that every token is multiplied with, those of the LM head, and the width of all attention layers."""
+    """Size of a model, as far as its operations depend on it."""
 
-    body: int
-    head: int
-    attention: int
+    body: int  # parameters that every token is multiplied with
+    head: int  # parameters of the LM head
+    attention: int  # width of all attention layers together
 
     @classmethod
     def of(cls, model: Path) -> "Size":
@@ -269,14 +270,14 @@ class Size:
 
 
 def operations(task: str, size: Size, lengths: np.ndarray, shared: np.ndarray, scored: int) -> float:
-    """
-    Floating-point operations that a training step cannot do without: no padding, nothing computed twice. 2 a parameter
-    and token, 4 a query and visible key and unit of width; the backward twice the forward, and for DPO the
-    reference's forward.
+    """Return the floating-point operations that a training step needs, without padding and recomputation.
+
+    The forward takes 2 operations per parameter and token, and 4 per query, visible key and unit of width. The backward
+    takes twice as many. DPO adds the forward of the reference.
 
     Args:
-        lengths: (documents,) tokens.
-        shared: (documents,) how many of them another document computes.
+        lengths: (documents,) tokens of each document.
+        shared: (documents,) tokens of each document that another document already computes.
         scored: positions that the LM head scores.
     """
     forward = 2 * size.body * (lengths - shared).sum() + 2 * size.head * scored
@@ -289,22 +290,24 @@ def total(steps: list[dict[str, Any]], name: str) -> float:
 
 
 def rate(run: dict[str, Any]) -> float:
-    """Tokens a second: those of the rows, without padding, and the prompt in both sides of a pair."""
+    """Return the tokens per second of the rows, without padding. The prompt counts in both sides of a pair."""
     return total(run["steps"], "lengths") / total(run["steps"], "seconds")
 
 
-def operation_rate(run: dict[str, Any], task: str, size: Size, shares: bool, six_n: bool = False) -> float:
-    """Needed operations a second; with `six_n`, as if the LM head scored every token, as the rule of 6N counts."""
+def operation_rate(run: dict[str, Any], task: str, size: Size, shares: bool) -> float:
+    """Return the needed operations per second of a run. `shares`: whether it computes shared prompts once."""
     needed = 0.0
     for step in run["steps"]:
         lengths, shared = np.array(step["lengths"]), np.array(step["shared"]) * shares
-        needed += operations(task, size, lengths, shared, lengths.sum() if six_n else step["scored"])
+        needed += operations(task, size, lengths, shared, step["scored"])
     return needed / total(run["steps"], "seconds")
 
 
 def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
-    """A case in numbers: medians over the runs of each side; of the speed-up, over the rounds, whose runs follow one
-    another on a machine as fast as it is then."""
+    """Return the numbers of a case: medians over the runs of each side.
+
+    The speed-up is a median over rounds, because the speed of the machine changes from round to round.
+    """
     task, runs = record["case"]["task"], record["runs"]
     matmul = median(record["matmul_rates"])
     tokens_per_second = {side: median(map(rate, of_side)) for side, of_side in runs.items()}
@@ -329,9 +332,6 @@ def summarize(record: dict[str, Any], size: Size) -> dict[str, Any]:
         plain = TUNEBOOK_NO_CHECKPOINTING if record["case"]["selective"] else TUNEBOOK
         summary["speedup_without_checkpointing"] = rate(runs[plain][0]) / rate(runs[TRL_NO_CHECKPOINTING][0])
         summary["memory_ratio_without_checkpointing"] = peak_memory[plain] / peak_memory[TRL_NO_CHECKPOINTING]
-    if task == "sft":
-        six_n = [operation_rate(run, task, size, shares=True, six_n=True) for run in runs[TUNEBOOK]]
-        summary["matmul_share_6n"] = median(six_n) / matmul
     return summary
 
 
@@ -341,7 +341,7 @@ def summarize_cases(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def preparation_rates(prepared: dict[str, Any]) -> dict[str, float]:
-    """Rows a second of each side, and of the tokenizer alone, and the ratio of the sides."""
+    """Return the rows per second of each side and of the tokenizer alone, and the ratio of the two sides."""
     rates = {side: prepared["rows"] / median(seconds) for side, seconds in prepared["seconds"].items()}
     return {**rates, "speedup": rates["tunebook"] / rates["trl"]}
 
@@ -369,17 +369,15 @@ class Sheet:
 
 
 def sheets(results: dict[str, Any]) -> list[Sheet]:
-    """All tables, of what was measured."""
+    """Return all tables of what was measured."""
     cases = summarize_cases(results)
     tables = []
     if cases:
         tables += [speed_sheet(results, cases), memory_sheet(cases), efficiency_sheet(cases)]
-    if prepared := results["preparation"]:
-        tables.append(preparation_sheet(prepared))
+    if results["preparation"]:
+        tables.append(preparation_sheet(results["preparation"]))
     if results["scaling"]:
         tables.append(scaling_sheet(results["scaling"]))
-    if prepared and len(cases) == len(CASES):
-        tables.append(targets_sheet(cases, prepared))
     return tables
 
 
@@ -399,11 +397,9 @@ def speed_sheet(results: dict[str, Any], cases: dict[str, Any]) -> Sheet:
                 cell(summary, "speedup_without_checkpointing", "{:.2f}"),
             )
         )
-    if not results["machine"]["cuda"]:
-        lines.append(("CUDA, bf16, 4k packed", "1-2B", *("",) * 8, "not measured: no GPU at hand"))
     header = ("case", "model", "batch", "tunebook's checkpointing", "runs", *FOUR)
-    header += ("tunebook / TRL", "the same, neither checkpointing")
-    return Sheet("Tokens a second in training", header, lines)
+    header += ("tunebook / TRL", "tunebook / TRL, no checkpointing")
+    return Sheet("Training speed (tokens/s)", header, lines)
 
 
 def cell(values: dict[str, float], name: str, form: str) -> str:
@@ -425,8 +421,8 @@ def memory_sheet(cases: dict[str, Any]) -> Sheet:
                 f"{start[TUNEBOOK]:.1f}",
             )
         )
-    header = ("case", *FOUR, "tunebook / TRL", "the same, neither checkpointing", "start, TRL", "start, tunebook")
-    return Sheet("Peak memory (GiB), and seconds from launch to the first step", header, lines)
+    header = ("case", *FOUR, "tunebook / TRL", "tunebook / TRL, no checkpointing", "start, TRL", "start, tunebook")
+    return Sheet("Peak memory (GiB) and start (seconds from launch to the first step)", header, lines)
 
 
 def efficiency_sheet(cases: dict[str, Any]) -> Sheet:
@@ -439,7 +435,7 @@ def efficiency_sheet(cases: dict[str, Any]) -> Sheet:
         )
         for name, summary in cases.items()
     ]
-    header = ("case", "tokens in TRL's batches that are no padding", "tokens that sharing saves")
+    header = ("case", "tokens in TRL's batches that are not padding", "tokens saved by sharing")
     header += tuple(f"share of the matmul rate, {side}" for side in PAIR)
     return Sheet("Where the time goes", header, lines)
 
@@ -449,8 +445,8 @@ def preparation_sheet(prepared: dict[str, Any]) -> Sheet:
     for task, measured in prepared.items():
         rates = preparation_rates(measured)
         lines.append((task, *(f"{rates[side]:,.0f}" for side in measured["seconds"]), f"{rates['speedup']:.1f}"))
-    header = ("task", TRL, TUNEBOOK, "the tokenizer alone, on all cores", "tunebook / TRL")
-    return Sheet("Rows a second from a file to tokens", header, lines)
+    header = ("task", TRL, TUNEBOOK, "tokenizer alone, on all cores", "tunebook / TRL")
+    return Sheet("Data preparation, from a file to tokens (rows/s)", header, lines)
 
 
 def scaling_sheet(scaling: list[dict[str, Any]]) -> Sheet:
@@ -458,30 +454,11 @@ def scaling_sheet(scaling: list[dict[str, Any]]) -> Sheet:
     for shape in scaling:
         seconds, tokens = median(shape["seconds"]), shape["length"] * shape["batch"]
         lines.append((str(shape["length"]), str(shape["batch"]), f"{seconds:.2f}", f"{tokens / seconds:,.0f}"))
-    return Sheet("How a step of SFT grows (10M)", ("length of a row", "rows", "seconds", "tokens/s"), lines)
-
-
-def targets_sheet(cases: dict[str, Any], prepared: dict[str, Any]) -> Sheet:
-    slowest = min(preparation_rates(measured)["speedup"] for measured in prepared.values())
-    wanted = [
-        ("SFT on GSM8K, tokens/s against TRL", "at least", 2.5, cases["sft-gsm8k"]["speedup"]),
-        ("RM on GSM8K, tokens/s against TRL", "at least", 2.0, cases["rm-gsm8k"]["speedup"]),
-        ("DPO on GSM8K, tokens/s against TRL", "at least", 3.0, cases["dpo-gsm8k"]["speedup"]),
-        ("DPO on shared prompts, tokens/s against TRL", "at least", 4.0, cases["dpo-shared-prompts"]["speedup"]),
-        ("peak memory against TRL, worst case", "at most", 1.0, max(case["memory_ratio"] for case in cases.values())),
-        ("SFT on GSM8K, share of the matmul rate", "at least", 0.7, cases["sft-gsm8k"]["matmul_share"][TUNEBOOK]),
-        ("the same, counted as 6N", "at least", 0.7, cases["sft-gsm8k"]["matmul_share_6n"]),
-        ("rows/s of preparation against TRL, slowest task", "at least", 3.0, slowest),
-    ]
-    lines = []
-    for label, bound, target, value in wanted:
-        short = target / value - 1 if bound == "at least" else value / target - 1
-        lines.append((label, f"{bound} {target}", f"{value:.2f}", "met" if short <= 0 else f"missed by {short:.0%}"))
-    return Sheet("Targets", ("what", "target", "measured", ""), lines)
+    return Sheet("SFT step by size (10M)", ("tokens per row", "rows", "seconds", "tokens/s"), lines)
 
 
 def draw(results: dict[str, Any], file: Path) -> None:
-    """Left: tokens a second, TRL = 1. Right: seconds of a step by its tokens."""
+    """Draw two plots: tokens per second relative to TRL (left), and seconds per step by tokens per step (right)."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
     cases = summarize_cases(results)
@@ -495,10 +472,10 @@ def draw(results: dict[str, Any], file: Path) -> None:
         left.bar_label(bars, fmt="%.1f", padding=2, fontsize=8)
     left.set_yticks(places, cases)
     left.invert_yaxis()
-    left.set_xlabel("tokens a second, TRL = 1")
+    left.set_xlabel("tokens/s relative to TRL")
     left.legend(fontsize=8)
     for label, chosen in (
-        ("one row of all the tokens", lambda shape: shape["batch"] == 1),
+        ("one row with all tokens", lambda shape: shape["batch"] == 1),
         (f"rows of {BATCH_LENGTH} tokens", lambda shape: shape["length"] == BATCH_LENGTH),
     ):
         shapes = [shape for shape in results["scaling"] if chosen(shape)]
@@ -510,14 +487,14 @@ def draw(results: dict[str, Any], file: Path) -> None:
     seconds = [0.1, 0.2, 0.5, 1, 2, 5]
     right.set_yticks(seconds, seconds)
     right.yaxis.minorticks_off()
-    right.set_xlabel("tokens of a step")
-    right.set_ylabel("seconds of a step, SFT, 10M parameters")
+    right.set_xlabel("tokens per step")
+    right.set_ylabel("seconds per step (SFT, 10M parameters)")
     right.legend(fontsize=8)
     figure.savefig(file, dpi=130)
 
 
 def write_tables(text: str, kind: str, sheets: Callable[[dict[str, Any]], list[Sheet]]) -> str:
-    """A page with the `sheets` of perf/results/NAME.json after each <!-- KIND: NAME -->."""
+    """Return the page with the `sheets` of perf/results/NAME.json after each <!-- KIND: NAME -->."""
 
     def tables(match: re.Match) -> str:
         results = json.loads((RESULTS / f"{match[2]}.json").read_text())
@@ -526,7 +503,7 @@ def write_tables(text: str, kind: str, sheets: Callable[[dict[str, Any]], list[S
     return re.sub(rf"(<!-- {kind}: (\S+) -->\n).*?(<!-- end of {kind} -->)", tables, text, flags=re.DOTALL)
 
 
-# ---- The machine and the command -----------------------------------------------------------------------------------
+# ---- Machine and command line --------------------------------------------------------------------------------------
 
 
 def describe_machine() -> dict[str, Any]:
@@ -563,7 +540,7 @@ def measure(arguments: argparse.Namespace, command: str, folder: Path) -> dict[s
     return {
         "machine": describe_machine(),
         "command": command,
-        "rows": "GSM8K" if arguments.gsm8k else "words, in the lengths of GSM8K",
+        "rows": "GSM8K" if arguments.gsm8k else "random words, in the lengths of GSM8K",
         "versions": {name: version(name) for name in PACKAGES},
         "models": {name: asdict(Size.of(model)) for name, model in models.items()},
         "cases": cases,
@@ -577,13 +554,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
     parser.add_argument("--gsm8k", type=Path, help="folder with train.jsonl and preferences.jsonl (default: words)")
     parser.add_argument("--only", choices=[*(case.name for case in CASES), *OTHERS])
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each side, where the time allows")
-    parser.add_argument(
-        "--minutes", type=float, default=30, help="start no second round of a case that would end later"
-    )
-    parser.add_argument("--quick", action="store_true", help="toy sizes, to see that it works")
-    parser.add_argument("--output", type=Path, help="folder of results (default: perf/results, when all is measured)")
-    parser.add_argument("--docs", action="store_true", help="measure nothing, write the tables of docs/performance.md")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each side, if the time allows")
+    parser.add_argument("--minutes", type=float, default=30, help="start no further round that would end after this")
+    parser.add_argument("--quick", action="store_true", help="use toy sizes, to check that the script works")
+    parser.add_argument("--output", type=Path, help="folder for results (default: perf/results, if all is measured)")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write the tables of docs/performance.md")
     arguments = parser.parse_args(argv)
     everything = not (arguments.quick or arguments.only or arguments.docs)
     if not arguments.docs:
