@@ -31,7 +31,7 @@ from tunebook.following.benchmarks import (
     run_benchmarks,
 )
 from tunebook.following.pairs import pair_accuracy
-from tunebook.following.scores import add_scores_to_card, scores_table, tracker_scores
+from tunebook.following.scores import BenchmarkRow, add_scores_to_card, scores_table
 
 BENCHMARKS = ROOT / "configs" / "benchmarks"
 
@@ -53,7 +53,7 @@ class TestRunConfigs:
         assert set(benchmark_tasks(find_benchmark(path.stem))) <= all_tasks
 
     def test_unknown_name_is_refused_with_the_known_ones(self):
-        with pytest.raises(ValueError, match="no benchmark gsm9k; choose from .*gsm8k"):
+        with pytest.raises(ValueError, match="no benchmark gsm9k. Choose from .*gsm8k"):
             find_benchmark("gsm9k")
 
     def test_path_of_a_file_without_tasks_is_refused(self, tmp_path):
@@ -130,13 +130,16 @@ class TestScores:
         assert set(read_scores(tmp_path, ["some_tag"])[0]) == {"mmlu", "mmlu_law"}
 
     def test_names_in_trackers(self):
-        assert tracker_scores({"scores": {"gsm8k": {"acc": 0.5}}}) == {"eval_bench_gsm8k_acc": 0.5}
+        assert BenchmarkRow(1, "b", "m", scores={"gsm8k": {"acc": 0.5}}).tracker_scores() == {
+            "eval_bench_gsm8k_acc": 0.5
+        }
 
     def test_table_shows_the_difference_to_another_model_and_what_failed(self):
-        ok = {"benchmark": "gsm8k", "status": "completed", "stderr": {"gsm8k": {"acc": 0.01}}, "error": ""}
-        failed = {"benchmark": "mmlu", "status": "failed", "scores": {}, "stderr": {}, "error": "exit code 1\nTrace"}
-        rows = [ok | {"scores": {"gsm8k": {"acc": 0.5}}}, failed]
-        other = [ok | {"scores": {"gsm8k": {"acc": 0.625}}}]
+        rows = [
+            BenchmarkRow(1, "gsm8k", "m", scores={"gsm8k": {"acc": 0.5}}, stderr={"gsm8k": {"acc": 0.01}}),
+            BenchmarkRow(1, "mmlu", "m", status="failed", error="exit code 1\nTrace"),
+        ]
+        other = [BenchmarkRow(None, "gsm8k", "n", scores={"gsm8k": {"acc": 0.625}})]
         console = Console(width=120, record=True, file=open(os.devnull, "w"))
         console.print(scores_table(rows, other, title="mine", other_title="base"))
         text = console.export_text()
@@ -146,7 +149,7 @@ class TestScores:
         card = tmp_path / "README.md"
         text = "# Model\n\nText.\n\n## Benchmarks\n\nold table\n\n## Citation\n\nC.\n"
         card.write_text(f"---\nlicense: mit\nmodel_name: old\n---\n{text}")
-        rows = [{"step": step, "scores": {"gsm8k": {"acc": step / 100}}} for step in (10, 20)]
+        rows = [BenchmarkRow(step, "gsm8k", "m", scores={"gsm8k": {"acc": step / 100}}) for step in (10, 20)]
         for _ in range(2):
             add_scores_to_card(card, rows, "org/model", step=20)
         text = card.read_text()
@@ -189,10 +192,10 @@ def test_lm_eval_gives_the_accuracy_that_an_independent_computation_gives(tiny, 
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         monkeypatch.setenv(name, value)
     [row] = run_benchmarks(str(tiny), [find_benchmark("arithmetic_choice")], tmp_path, timeout=300)
-    assert row["status"] == "completed", row["error"]
+    assert row.status == "completed", row.error
     rows = [json.loads(line) for line in (BENCHMARKS / "local" / "arithmetic.jsonl").read_text().splitlines()]
-    assert row["scores"] == {"arithmetic_choice": {"acc": pytest.approx(independent_accuracy(tiny, rows))}}
-    assert read_rows(tmp_path / "benchmarks.jsonl") == [row]
+    assert row.scores == {"arithmetic_choice": {"acc": pytest.approx(independent_accuracy(tiny, rows))}}
+    assert read_rows(tmp_path / "benchmarks.jsonl") == [vars(row)]
 
 
 @pytest.fixture
@@ -220,15 +223,15 @@ class TestJobs:
     def test_failing_benchmark_is_a_row_with_the_end_of_its_log(self, tmp_path, stand_in):
         stand_in("import sys; print('line one', flush=True); sys.exit('out of memory')")
         [row] = run_benchmarks("org/model", [find_benchmark("arithmetic")], tmp_path)
-        assert row["status"] == "failed" and row["scores"] == {}
-        assert row["error"].splitlines() == ["exit code 1", "line one", "out of memory"]
+        assert row.status == "failed" and row.scores == {}
+        assert row.error.splitlines() == ["exit code 1", "line one", "out of memory"]
 
     def test_benchmark_that_runs_too_long_is_killed(self, tmp_path, stand_in):
         stand_in("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
         [row] = run_benchmarks("org/model", [find_benchmark("arithmetic")], tmp_path, timeout=1)
-        assert row["status"] == "timed out" and row["seconds"] < 10
+        assert row.status == "timed out" and row.seconds < 10
         with pytest.raises(ProcessLookupError):
-            os.kill(int(row["error"].splitlines()[-1]), 0)
+            os.kill(int(row.error.splitlines()[-1]), 0)
 
     def test_as_many_jobs_run_at_a_time_as_there_are_devices_each_on_its_own(self, tmp_path, stand_in):
         stand_in(WRITE_RESULTS + "time.sleep(0.5)")
@@ -238,7 +241,7 @@ class TestJobs:
         jobs.poll()
         assert [job.device for job in jobs.running] == ["2", "5"] and len(jobs.waiting) == 1
         rows = jobs.wait()
-        assert sorted(row["step"] for row in rows) == [1, 2, 3]
+        assert sorted(row.step for row in rows) == [1, 2, 3]
         assert "device 5" in (tmp_path / "benchmarks" / "000000002" / "arithmetic" / "log.txt").read_text()
 
     def test_step_with_scores_is_not_run_again_and_one_that_failed_is(self, tmp_path, stand_in):
@@ -247,7 +250,7 @@ class TestJobs:
             stand_in(script)
             jobs = BenchmarkJobs(tmp_path)
             jobs.submit(arithmetic, "org/model", 10)
-            assert [row["status"] for row in jobs.wait()] == [status]
+            assert [row.status for row in jobs.wait()] == [status]
         jobs.submit(arithmetic, "org/model", 10)
         assert jobs.wait() == []
 
@@ -256,7 +259,7 @@ class TestJobs:
         stand_in("raise SystemExit(1)")
         jobs = BenchmarkJobs(tmp_path)
         jobs.submit(find_benchmark("arithmetic"), "org/model", 10)
-        assert [row["status"] for row in jobs.wait()] == ["failed"]
+        assert [row.status for row in jobs.wait()] == ["failed"]
 
 
 @pytest.fixture
@@ -273,10 +276,10 @@ class TestSlurm:
         jobs.submit(find_benchmark("arithmetic"), quoted, 1, revision="v1-step-000000001")
         [row] = jobs.wait()
         log = (tmp_path / "benchmarks" / "000000001" / "arithmetic" / "log.txt").read_text()
-        assert row["status"] == "completed" and row["scores"] == {"arithmetic": {"acc": 0.5}}
+        assert row.status == "completed" and row.scores == {"arithmetic": {"acc": 0.5}}
         assert f"model {quoted} revision v1-step-000000001 device 0" in log and "Slurm job" in log
 
         stand_in("raise SystemExit('no such model')")
         jobs.submit(find_benchmark("arithmetic"), "org/model", 2)
         [row] = jobs.wait()
-        assert row["status"] == "failed" and "no such model" in row["error"]
+        assert row.status == "failed" and "no such model" in row.error

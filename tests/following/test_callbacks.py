@@ -200,7 +200,7 @@ def test_hub_that_is_down_all_the_time_does_not_stop_the_run_which_says_what_to_
         assert f"{revision}:" in caplog.text
     assert f"tunebook push {tmp_path / 'out'}" in caplog.text
 
-    assert hub.push_staged(HfApi(endpoint=server.url), tmp_path / "out") is None
+    assert hub.Uploads(HfApi(endpoint=server.url), tmp_path / "out").finish() is None
     for step in (1, 2, 3):
         assert_revision_holds(f"v1-step-{step:09d}", weights[step], tmp_path / "cache")
 
@@ -356,7 +356,7 @@ def test_wandb_gets_the_recipe_s_settings_and_they_are_refused_where_they_would_
     monkeypatch.setenv("WANDB_PROJECT", "before")
     set_wandb_environment(["wandb"], project="after")
     assert os.environ["WANDB_PROJECT"] == "after" and "WANDB_ENTITY" not in os.environ
-    with pytest.raises(ValueError, match="wandb_entity would have no effect"):
+    with pytest.raises(ValueError, match="`wandb_entity` would have no effect"):
         set_wandb_environment(["tensorboard"], entity="team")
 
 

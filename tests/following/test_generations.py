@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from tunebook.data.rendering import RenderSettings
 from tunebook.following import build_callbacks
 from tunebook.following.generations import (
     generate,
@@ -121,11 +122,16 @@ class TestPrompts:
         asked = [{"role": "user", "content": "one"}]
         answered = [*asked, {"role": "assistant", "content": "two"}]
         turn = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
-        assert render_prompts(["one"], tokenizer, chat=False) == ["one"]
-        assert render_prompts(["one", asked, answered], tokenizer, chat=True) == [turn] * 3
+
+        def read(*prompts, **settings):
+            return render_prompts(prompts, RenderSettings("sft", tokenizer, None, {}, **settings))
+
+        assert read("one") == ["one"]
+        assert read("one", asked, answered, apply_chat_template=True) == [turn] * 3
+        assert read(asked, apply_chat_template=False) == [turn]
         system = "<|im_start|>system\nshort<|im_end|>\n"
-        assert render_prompts(["one", asked], tokenizer, chat=True, system_prompt="short") == [system + turn] * 2
-        assert render_prompts(["one"], tokenizer, chat=False, prompt_template="Q: {}") == ["Q: one"]
+        assert read("one", asked, apply_chat_template=True, system_prompt="short") == [system + turn] * 2
+        assert read("one", prompt_template="Q: {}") == ["Q: one"]
 
 
 class TestSettings:

@@ -16,7 +16,6 @@ from tunebook.following.hub import (
     check_hub_revision,
     differing_files,
     push_model,
-    push_staged,
     stage_model,
     step_revision,
 )
@@ -222,7 +221,7 @@ def test_hub_that_is_down_leaves_everything_staged_and_says_how_to_push_it(tmp_p
     assert f"tunebook push {tmp_path / 'run'}" in report
 
     uploads.close()
-    assert push_staged(api, tmp_path / "run") is None
+    assert Uploads(api, tmp_path / "run").finish() is None
     weights = tmp_path / "a2" / "model.safetensors"
     blob = server.repos[REPO].resolve("v1-step-000000002").tree["model.safetensors"]
     assert server.lfs[blob.sha256] == weights.read_bytes()

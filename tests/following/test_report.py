@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from tunebook.errors import RecipeError
 from tunebook.following.report import (
     draw_figures,
-    format_tick,
+    new_figure,
     pair_generations,
     read_rewards,
     read_run,
@@ -218,9 +218,9 @@ def test_scores_of_benchmarks_are_curves_with_their_errors(run):
     ]
 
 
-@pytest.mark.parametrize(("value", "text"), [(5e-5, "5e-5"), (-1.75e-4, "-1.75e-4"), (0.0, "0"), (12500.0, "12,500")])
+@pytest.mark.parametrize(("value", "text"), [(5e-5, "5e−05"), (0.1 + 0.2, "0.3"), (0.0, "0"), (12500.0, "12,500")])
 def test_ticks_are_short(value, text):
-    assert format_tick(value) == text
+    assert new_figure("Loss", "loss").axes[0].yaxis.get_major_formatter()(value) == text
 
 
 def test_where_a_run_was_resumed_is_told(run, tiny, sft_rows):

@@ -1,6 +1,6 @@
 """Benchmarks of a model: lm-eval in processes of its own, on this machine or by Slurm.
 
-A benchmark is a run config of lm-eval, one file of `configs/benchmarks/`; what comes of it is a row (`scores.py`).
+A benchmark is a run config of lm-eval, a file of `configs/benchmarks/`. Its result is a [`BenchmarkRow`].
 """
 
 import json
@@ -15,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer, TrainerCallback
+
 from ..environment import without_launcher
-from ..files import append_rows, read_rows, read_yaml, shipped
+from ..files import append_rows, read_yaml, shipped
+from ..recipe.configs import CausalLMConfig
 from ..recipe.needs import is_benchmark
-from .scores import ROWS_FILE
+from .hub import PushToHubRevisionCallback, stage_model, step_revision
+from .scores import ROWS_FILE, BenchmarkRow, Scores, add_scores_to_card, read_scored_rows
+from .trackers import log_at_step
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +41,9 @@ def find_benchmark(name: str) -> Path:
     path = shipped(name if name.endswith((".yaml", ".yml")) else folder / f"{name}.yaml")
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in shipped(folder).glob("*.yaml")))
-        raise ValueError(f"There is no benchmark {name}; choose from {known}, or give a path")
+        raise ValueError(f"There is no benchmark {name}. Choose from {known}, or give a path.")
     if not read_benchmark(path).get("tasks"):
-        raise ValueError(f"{path} is not a run config of lm-eval: it has no `tasks`")
+        raise ValueError(f"{path} is not a run config of lm-eval: it has no `tasks`.")
     return path.resolve()
 
 
@@ -58,18 +64,18 @@ def is_benchmark_metric(metric_for_best_model: str | None, benchmarks: Sequence[
     """
     if not is_benchmark(metric_for_best_model):
         return False
-    metric = f"eval_{metric_for_best_model.removeprefix('eval_')}"
+    metric = metric_for_best_model.removeprefix("eval_")
     tasks = [task for benchmark in benchmarks for task in benchmark_tasks(benchmark)]
-    if not any(metric.startswith(f"eval_bench_{task}_") for task in tasks):
+    if not any(metric.startswith(f"bench_{task}_") for task in tasks):
         raise ValueError(
-            f"metric_for_best_model is {metric_for_best_model}, but the benchmarks have the tasks "
-            f"{', '.join(tasks) or '(none)'}; use eval_bench_<task>_<metric>"
+            f"`metric_for_best_model` is {metric_for_best_model}, but the benchmarks have the tasks "
+            f"{', '.join(tasks) or '(none)'}. Set it to eval_bench_<task>_<metric>."
         )
     return True
 
 
 def lm_eval_command(benchmark: Path, model: str, output_path: Path, revision: str | None = None) -> list[str]:
-    """The command that runs a benchmark on a folder or a Hub model, given in the benchmark's own folder.
+    """Return the command that runs a benchmark on a folder or a Hub model; its working directory is the benchmark's.
 
     A folder with an adapter is loaded on the base model that it names, with the adapter's tokenizer. An adapter cannot
     be given by revision: lm-eval 0.4.13 asks the base model for the same revision.
@@ -81,21 +87,21 @@ def lm_eval_command(benchmark: Path, model: str, output_path: Path, revision: st
         model_args |= {"pretrained": base_model, "peft": model, "tokenizer": model}
     if revision:
         model_args["revision"] = revision
-    options = {"--config": benchmark, "--model_args": json.dumps(model_args), "--output_path": output_path}
-    return [sys.executable, "-m", "lm_eval", "run", *(str(part) for option in options.items() for part in option)]
+    command = [sys.executable, "-m", "lm_eval", "run", "--config", str(benchmark)]
+    return [*command, "--model_args", json.dumps(model_args), "--output_path", str(output_path)]
 
 
 def sbatch_command(command: list[str], name: str, log: Path, timeout: float) -> list[str]:
-    """The command that runs another one as a Slurm job and returns its exit code when the job ends."""
+    """Return the command that runs another one as a Slurm job and returns its exit code when the job ends."""
     minutes = max(1, int(timeout // 60))
     options = [f"--job-name={name}", f"--output={log}", f"--time={minutes}", "--open-mode=append"]
     return ["sbatch", "--wait", "--parsable", *options, str(shipped("launch/benchmark.slurm").resolve()), *command]
 
 
-def read_scores(output_path: Path, tasks: Sequence[str]) -> tuple[dict, dict]:
-    """Scores and their standard errors, as `{task: {metric: value}}`, from the newest results of lm-eval in a folder.
+def read_scores(output_path: Path, tasks: Sequence[str]) -> tuple[Scores, Scores]:
+    """Return scores and their standard errors from the newest results of lm-eval in a folder.
 
-    Of a group, the group's; of a tag, those of its tasks. A metric is named `exact_match`, or
+    A group has its own scores, without its members'; a tag has those of its tasks. A metric is named `exact_match`, or
     `exact_match_strict_match` where a task computes it behind several filters.
 
     Raises:
@@ -103,52 +109,45 @@ def read_scores(output_path: Path, tasks: Sequence[str]) -> tuple[dict, dict]:
     """
     files = sorted(output_path.rglob("results_*.json"), key=lambda file: file.stat().st_mtime)
     if not files:
-        raise FileNotFoundError(f"There are no results in {output_path}")
+        raise FileNotFoundError(f"There are no results in {output_path}.")
     results = json.loads(files[-1].read_text())["results"]
     scores, errors = {}, {}
     for task in [task for task in tasks if task in results] or results:
         numbers = {tuple(key.split(",")): value for key, value in results[task].items() if "," in key}
         metrics = [metric for metric, _ in numbers]
         for (metric, filter_name), value in numbers.items():
-            name = f"{metric}_{filter_name.replace('-', '_')}" if metrics.count(metric) > 1 else metric
             if not isinstance(value, int | float):
                 continue  # lm-eval writes "N/A" for a standard error that it did not compute
-            if metric.endswith("_stderr"):
-                errors.setdefault(task, {})[name.replace("_stderr", "")] = value
-            else:
-                scores.setdefault(task, {})[name] = value
+            name = f"{metric}_{filter_name.replace('-', '_')}" if metrics.count(metric) > 1 else metric
+            table = errors if metric.endswith("_stderr") else scores
+            table.setdefault(task, {})[name.replace("_stderr", "")] = value
     return scores, errors
 
 
 @dataclass
 class Job:
+    """A benchmark that waits or runs. `row` is filled in when it ends; `folder` gets its log and results."""
+
     benchmark: Path
-    step: int | None
-    model: str
-    revision: str | None
-    folder: Path  # of its log and results
+    row: BenchmarkRow
+    folder: Path
     process: subprocess.Popen | None = None
     device: str | None = None
     start: float = 0.0
 
 
 class BenchmarkJobs:
-    """Runs benchmarks, one on each device at a time, or all at once by Slurm; started and looked after by `poll`.
+    """Runs benchmarks, one per device at a time, or all at once by Slurm. `poll` starts them and collects their rows.
 
     Args:
-        output_dir: of the run; results and logs go to `benchmarks/<step>/<benchmark>/`, rows to `benchmarks.jsonl`.
+        output_dir: folder of the run. Results and logs go to `benchmarks/<step>/<benchmark>/`, rows to
+            `benchmarks.jsonl`.
         launcher: "local" or "slurm".
-        devices: values of CUDA_VISIBLE_DEVICES, one for each job that may run at a time; none: one job, on all.
-        timeout: seconds that one benchmark may run. A Slurm job may wait in its queue beside that.
+        devices: CUDA_VISIBLE_DEVICES of each job that may run at a time. Default: one job, on all devices.
+        timeout: seconds that one benchmark may run, without the time that a Slurm job waits in its queue.
     """
 
-    def __init__(
-        self,
-        output_dir: Path,
-        launcher: str = "local",
-        devices: Sequence[str] = (),
-        timeout: float = 7200,
-    ):
+    def __init__(self, output_dir: Path, launcher: str = "local", devices: Sequence[str] = (), timeout: float = 7200):
         self.folder = Path(output_dir).resolve() / "benchmarks"
         self.rows_file = Path(output_dir) / ROWS_FILE
         self.launcher, self.timeout = launcher, timeout
@@ -158,30 +157,37 @@ class BenchmarkJobs:
 
     @property
     def unfinished_steps(self) -> set[int | None]:
-        return {job.step for job in (*self.waiting, *self.running)}
+        return {job.row.step for job in (*self.waiting, *self.running)}
 
     def step_folder(self, step: int | None) -> Path:
         return self.folder / ("model" if step is None else f"{step:09d}")
 
+    def finished(self, step: int) -> list[BenchmarkRow]:
+        """Return the rows of a step that this process or an earlier one of the run completed."""
+        return [row for row in read_scored_rows(self.rows_file) if row.step == step and row.status == "completed"]
+
     def submit(self, benchmark: Path, model: str, step: int | None = None, revision: str | None = None) -> None:
         """Queue a benchmark of a model, unless `benchmarks.jsonl` has its scores at this step."""
-        done = {(row["step"], row["benchmark"]) for row in read_rows(self.rows_file) if row["status"] == "completed"}
-        if step is not None and (step, benchmark.stem) in done:
+        if step is not None and any(row.benchmark == benchmark.stem for row in self.finished(step)):
             return
         if revision is None and Path(model).exists():
             model = str(Path(model).resolve())  # a job has a working directory of its own
-        self.waiting.append(Job(benchmark, step, model, revision, self.step_folder(step) / benchmark.stem))
+        row = BenchmarkRow(step, benchmark.stem, model, revision)
+        self.waiting.append(Job(benchmark, row, self.step_folder(step) / benchmark.stem))
 
-    def poll(self) -> list[dict]:
+    def poll(self) -> list[BenchmarkRow]:
         """Start what can be started; return the rows of what has ended since the last call, written to the file."""
-        rows = [self._row(job) for job in self.running if job.process.poll() is not None or self._is_late(job)]
-        self.running = [job for job in self.running if job.process.returncode is None]
+        ended = [job for job in self.running if job.process.poll() is not None or self._is_late(job)]
+        for job in ended:
+            self._end(job)
+        self.running = [job for job in self.running if job not in ended]
         while self.waiting and (self.launcher == "slurm" or len(self.running) < len(self.devices)):
             self._start(self.waiting.pop(0))
-        append_rows(self.rows_file, rows)
+        rows = [job.row for job in ended]
+        append_rows(self.rows_file, [vars(row) for row in rows])
         return rows
 
-    def wait(self) -> list[dict]:
+    def wait(self) -> list[BenchmarkRow]:
         """Poll until nothing is left to run."""
         rows = self.poll()
         while self.running:
@@ -197,52 +203,183 @@ class BenchmarkJobs:
         job.folder.mkdir(parents=True)
         job.start = time.monotonic()
         log = job.folder / "log.txt"
-        command = lm_eval_command(job.benchmark, job.model, job.folder, job.revision)
+        command = lm_eval_command(job.benchmark, job.row.model, job.folder, job.row.revision)
         if self.launcher == "slurm":
-            command = sbatch_command(command, f"benchmark-{job.benchmark.stem}-{job.step}", log, self.timeout)
+            command = sbatch_command(command, f"benchmark-{job.row.benchmark}-{job.row.step}", log, self.timeout)
         else:
             busy = [other.device for other in self.running]
             job.device = next(device for device in self.devices if device not in busy)
         environment = without_launcher(os.environ, job.device)
-        # In the group of this process, so that whatever ends the training ends the benchmark.
+        # In the process group of the training, so that what ends the training ends the benchmark
         with log.open("ab") as stream:
             job.process = subprocess.Popen(
                 command, cwd=job.benchmark.parent, env=environment, stdout=stream, stderr=subprocess.STDOUT
             )
         self.running.append(job)
 
-    def _row(self, job: Job) -> dict:
-        row = {"step": job.step, "benchmark": job.benchmark.stem, "model": job.model, "revision": job.revision}
-        row |= {"status": "completed", "seconds": round(time.monotonic() - job.start, 1)}
-        row |= {"scores": {}, "stderr": {}, "error": ""}
+    def _end(self, job: Job) -> None:
+        row = job.row
+        row.seconds = round(time.monotonic() - job.start, 1)
         if job.process.returncode is None:
             job.process.kill()
             job.process.wait()
-            row |= {"status": "timed out", "error": f"ran for more than {self.timeout} s\n"}
+            row.status, row.error = "timed out", f"ran for more than {self.timeout} s"
         else:
             try:
-                row["scores"], row["stderr"] = read_scores(job.folder, benchmark_tasks(job.benchmark))
+                row.scores, row.stderr = read_scores(job.folder, benchmark_tasks(job.benchmark))
             except FileNotFoundError:
-                row |= {"status": "failed", "error": f"exit code {job.process.returncode}\n"}
-        if row["status"] != "completed":
-            lines = (job.folder / "log.txt").read_text(errors="replace").splitlines()
-            row["error"] += "\n".join(lines[-LOG_TAIL:])
-            logger.warning("Benchmark %s of %s %s:\n%s", row["benchmark"], job.model, row["status"], row["error"])
-        return row
+                row.status, row.error = "failed", f"exit code {job.process.returncode}"
+        if row.status != "completed":
+            log = (job.folder / "log.txt").read_text(errors="replace")
+            row.error = "\n".join([row.error, *log.splitlines()[-LOG_TAIL:]])
+            logger.warning("Benchmark %s of %s %s:\n%s", row.benchmark, row.model, row.status, row.error)
 
 
 def run_benchmarks(
     model: str,
     benchmarks: Sequence[Path],
     output_dir: Path,
-    *,
     revision: str | None = None,
-    launcher: str = "local",
     devices: Sequence[str] = (),
     timeout: float = 7200,
-) -> list[dict]:
+) -> list[BenchmarkRow]:
     """Run benchmarks on any model, a folder or a Hub id, to their end; return their rows, whose step is None."""
-    jobs = BenchmarkJobs(output_dir, launcher, devices, timeout)
+    jobs = BenchmarkJobs(output_dir, devices=devices, timeout=timeout)
     for benchmark in benchmarks:
         jobs.submit(benchmark, model, revision=revision)
     return jobs.wait()
+
+
+class BenchmarkCallback(TrainerCallback):
+    """Runs benchmarks on each checkpoint; their scores go to the trackers at the checkpoint's step.
+
+    They run "after" training, "beside" it, or at each "evaluation", which then waits for them, so that
+    `metric_for_best_model` can be a score.
+
+    Args:
+        push: where checkpoints are pushed. Slurm jobs then load them from the Hub, except a checkpoint that could not
+            be pushed, and an adapter, which lm-eval cannot load by revision: these come from a staged folder.
+    """
+
+    def __init__(self, trainer: Trainer, push: PushToHubRevisionCallback | None = None):
+        args, self.trainer = trainer.args, trainer
+        is_slurm = args.benchmark_launcher == "slurm"
+        self.push = push if is_slurm else None
+        self.benchmarks = [find_benchmark(name) for name in args.benchmarks]
+        self.schedule = args.benchmark_schedule or ("beside" if is_slurm or args.benchmark_devices else "after")
+        if args.benchmark_schedule is None and is_benchmark_metric(args.metric_for_best_model, self.benchmarks):
+            self.schedule = "evaluation"
+        self.jobs = BenchmarkJobs(
+            Path(args.output_dir), args.benchmark_launcher, args.benchmark_devices, args.benchmark_timeout
+        )
+        self.unpushed: list[int] = []  # steps whose jobs wait for their push
+        self.evaluated_step: int | None = None
+        if trainer.is_world_process_zero():
+            for step in sorted(self._staged_steps()):  # what an earlier process of this run did not get to
+                self._submit(step)
+
+    @staticmethod
+    def validate(args: CausalLMConfig) -> None:
+        """Refuse benchmarks that do not exist, a best model by a score that they do not have, and Slurm without sbatch.
+
+        Raises:
+            ValueError: naming the key and what to set.
+        """
+        is_benchmark_metric(args.metric_for_best_model, [find_benchmark(name) for name in args.benchmarks])
+        if args.benchmarks and args.benchmark_launcher == "slurm" and shutil.which("sbatch") is None:
+            raise ValueError("`benchmark_launcher: slurm`: there is no sbatch on this machine. Set it to local.")
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        step = state.global_step
+        if self.schedule != "evaluation" or step == self.evaluated_step:
+            return
+        self.evaluated_step = step
+        self.trainer.save_model(str(self._staged(step)), _internal_call=True)
+        scores: dict[str, float] = {}
+        if state.is_world_process_zero:
+            self._submit(step)
+            for row in self.jobs.finished(step):
+                scores |= row.tracker_scores()
+        busy = True
+        while busy:  # Ranks meet every second: one that waited in a collective for the whole benchmark would time out.
+            time.sleep(1)
+            message = [None]
+            if state.is_world_process_zero:
+                for row in self._poll():
+                    scores |= row.tracker_scores()
+                message = [(bool(self.jobs.unfinished_steps), scores)]
+            [(busy, scores)] = broadcast_object_list(message)
+        metrics |= scores
+        best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if best not in metrics:
+            logger.warning("There is no %s at step %d, so this checkpoint cannot be the best.", best, step)
+            metrics[best] = float("nan")
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.schedule == "evaluation" or not state.is_world_process_zero:
+            return
+        step = state.global_step
+        checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
+        shutil.rmtree(self._staged(step), ignore_errors=True)
+        stage_model(checkpoint, self._staged(step))
+        if self.push and not (checkpoint / "adapter_config.json").exists():
+            self.unpushed.append(step)
+        else:
+            self._submit(step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.schedule == "beside" and state.is_world_process_zero:
+            self._poll()
+
+    def finish(self, model_folder: Path) -> None:
+        """Run what is left, and the benchmarks on the final model if its step was not saved; fill in its card."""
+        state, args = self.trainer.state, self.trainer.args
+        step = state.best_global_step if args.load_best_model_at_end else state.global_step
+        if self.push:
+            self.push.uploads.wait()
+        self._submit_pushed(is_last=True)
+        if step not in self.jobs.unfinished_steps:
+            for benchmark in self.benchmarks:
+                self.jobs.submit(benchmark, str(model_folder), step)
+        while self.jobs.unfinished_steps:
+            self._poll()
+            time.sleep(0.5)
+        self._delete_staged()
+        name = args.hub_model_id or Path(args.output_dir).name
+        add_scores_to_card(model_folder / "README.md", read_scored_rows(self.jobs.rows_file), name, step)
+
+    def _staged(self, step: int) -> Path:
+        return self.jobs.step_folder(step) / "model"
+
+    def _staged_steps(self) -> set[int]:
+        return {int(folder.parent.name) for folder in self.jobs.folder.glob("*/model")}
+
+    def _delete_staged(self) -> None:
+        for step in self._staged_steps() - {*self.unpushed, *self.jobs.unfinished_steps}:
+            shutil.rmtree(self._staged(step))
+
+    def _submit(self, step: int, revision: str | None = None) -> None:
+        model = self.trainer.args.hub_model_id if revision else str(self._staged(step))
+        for benchmark in self.benchmarks:
+            self.jobs.submit(benchmark, model, step, revision)
+
+    def _submit_pushed(self, is_last: bool = False) -> None:
+        for step in list(self.unpushed):
+            revision = step_revision(self.trainer.args.hub_revision, step)
+            if revision in self.push.uploads.pushed:
+                self._submit(step, revision)
+            elif is_last or revision in self.push.uploads.refused:
+                self._submit(step)
+            else:
+                continue
+            self.unpushed.remove(step)
+
+    def _poll(self) -> list[BenchmarkRow]:
+        self._submit_pushed()
+        rows = self.jobs.poll()
+        for row in rows:
+            if row.scores:
+                log_at_step(self.trainer, row.tracker_scores(), row.step)
+        if rows:
+            self._delete_staged()
+        return rows

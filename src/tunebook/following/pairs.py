@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -9,23 +10,24 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl.trainer.utils import pad
 
 from ..data.layouts import Dropped
-from ..data.rendering import Renderer, RenderSettings
+from ..data.rendering import Renderer
 from ..data.sources import load_source
 from ..data.tokens import tokenize
 from ..errors import RecipeError
 from ..files import append_rows
 from ..recipe.configs import RewardConfig, ScriptArguments
-from .generations import map_over_ranks
-from .scores import ROWS_FILE, tracker_scores
+from .generations import map_over_ranks, render_settings
+from .scores import ROWS_FILE, BenchmarkRow
 from .trackers import log_at_step
 
+Score = Callable[[list[tuple]], list[float]]  # the rewards of (prompt, completion)
 
-def pair_accuracy(pairs: Sequence[dict], score: Callable[[list[tuple]], list[float]]) -> dict[str, float]:
+
+def pair_accuracy(pairs: Sequence[dict], score: Score) -> dict[str, float]:
     """Return the share of preference pairs whose chosen side gets the higher reward; a tie is wrong, as in RewardBench.
 
     Args:
         pairs: rows with `prompt`, `chosen`, `rejected` and, if they have one, `subset`: RewardBench's layout.
-        score: the rewards of a list of (prompt, completion).
 
     Returns:
         `{"accuracy": ..., "accuracy_<subset>": ...}`, each a mean over pairs.
@@ -43,7 +45,7 @@ def read_pairs(paths: Sequence[str]) -> dict[str, list[dict]]:
     """Read files of pairs in RewardBench's columns; return the name of each -> its rows.
 
     Raises:
-        RecipeError: for a file that cannot be read or lacks a column.
+        RecipeError: a file cannot be read or lacks a column.
     """
     benchmarks = {Path(path).stem: load_source(path, "train") for path in paths}
     for name, pairs in benchmarks.items():
@@ -56,51 +58,29 @@ class PairAccuracyCallback(TrainerCallback):
     """Measures a reward model at every evaluation: accuracy by subset on files of preference pairs.
 
     Args:
-        benchmarks: rows with `prompt`, `chosen`, `rejected` and maybe `subset`, by the benchmark's name.
-        score: the rewards, by the model that is trained, of a list of (prompt, completion); called on every rank.
+        benchmarks: name -> rows with `prompt`, `chosen`, `rejected` and maybe `subset`.
+        score: uses the model that is trained; called on every rank.
     """
 
-    def __init__(
-        self, trainer: Trainer, benchmarks: dict[str, list[dict]], score: Callable[[list[tuple]], list[float]]
-    ):
+    def __init__(self, trainer: Trainer, benchmarks: dict[str, list[dict]], score: Score):
         self.trainer, self.benchmarks, self.score = trainer, benchmarks, score
         self.step: int | None = None
 
-    @classmethod
-    def validate(cls, args: RewardConfig) -> None:
+    @staticmethod
+    def validate(args: RewardConfig) -> None:
         """Read the files of pairs.
 
         Raises:
-            RecipeError: for one that cannot be read or has no such pairs.
+            RecipeError: one cannot be read or has no such pairs.
         """
         read_pairs(args.pair_benchmarks)
 
     @classmethod
     def from_args(cls, trainer: Trainer, script: ScriptArguments) -> "PairAccuracyCallback":
-        """Score pairs as text like the training rows, each rank its share."""
-        settings = RenderSettings(
-            "sft",
-            trainer.processing_class,
-            None,
-            {"prompt": "prompt", "completion": "completion"},
-            prompt_template=script.prompt_template,
-            system_prompt=script.system_prompt,
-            apply_chat_template=script.apply_chat_template,
-        )
-        renderer, batch_size = Renderer(settings), trainer.args.per_device_eval_batch_size
-
-        def score_share(items: list[tuple]) -> list[float]:
-            rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
-            was_training = trainer.model.training
-            rewards = score_ids(trainer.model.eval(), render_ids(rows, renderer, "benchmark"), batch_size)
-            trainer.model.train(was_training)
-            return rewards
-
-        def score(items: list[tuple]) -> list[float]:
-            if trainer.args.context_parallel_size > 1:  # ranks that share a packed row need the same items
-                return score_share(items)
-            return map_over_ranks(trainer.accelerator, score_share, items)
-
+        """Score pairs rendered like the training rows, split across ranks."""
+        score = partial(score_completions, trainer, Renderer(render_settings(trainer, script)))
+        if trainer.args.context_parallel_size == 1:  # ranks that share a packed row need the same items
+            score = partial(map_over_ranks, trainer.accelerator, score)
         return cls(trainer, read_pairs(trainer.args.pair_benchmarks), score)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
@@ -109,25 +89,32 @@ class PairAccuracyCallback(TrainerCallback):
         self.step = state.global_step
         for name, pairs in self.benchmarks.items():
             start = time.monotonic()
-            scores = pair_accuracy(pairs, self.score)
-            row = {"step": state.global_step, "benchmark": name, "model": args.output_dir, "revision": None}
-            row |= {"status": "completed", "seconds": round(time.monotonic() - start, 1)}
-            row |= {"scores": {name: scores}, "stderr": {}, "error": ""}
-            metrics |= tracker_scores(row)
+            row = BenchmarkRow(self.step, name, args.output_dir, scores={name: pair_accuracy(pairs, self.score)})
+            row.seconds = round(time.monotonic() - start, 1)
+            metrics |= row.tracker_scores()
             if state.is_world_process_zero:
-                append_rows(Path(args.output_dir) / ROWS_FILE, [row])
-                log_at_step(self.trainer, tracker_scores(row), state.global_step)
+                append_rows(Path(args.output_dir) / ROWS_FILE, [vars(row)])
+                log_at_step(self.trainer, row.tracker_scores(), self.step)
+
+
+def score_completions(trainer: Trainer, renderer: Renderer, items: list[tuple]) -> list[float]:
+    rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
+    was_training = trainer.model.training
+    ids = render_ids(rows, renderer, "benchmark")
+    rewards = score_ids(trainer.model.eval(), ids, trainer.args.per_device_eval_batch_size)
+    trainer.model.train(was_training)
+    return rewards
 
 
 @torch.inference_mode()
 def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
-    """Return the reward of each row of token ids, read at its last token. Rows of like length are batched together."""
+    """Return the reward of each row of token ids, read at its last token. Rows of like length share a batch."""
     pad_id, device = model.config.get_text_config().pad_token_id, model.device
     rewards = [0.0] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(rows), batch_size):
         batch = by_length[start : start + batch_size]
-        # A model in training may share prefixes between the halves of a batch, so there are two
+        # A model in training may share prefixes between the halves of a batch, so a batch has an even number of rows
         ids = [torch.tensor(rows[i]) for i in batch + batch[-1:] * (len(batch) % 2)]
         logits = model(
             input_ids=pad(ids, padding_value=pad_id).to(device),
@@ -143,7 +130,7 @@ def render_ids(rows: Sequence[dict], renderer: Renderer, name: str) -> list[list
     """Return the token ids of rows.
 
     Raises:
-        RecipeError: for a row that has no text (which one, and why).
+        RecipeError: a row has no text (which one, and why).
     """
     texts = []
     for number, row in enumerate(rows):

@@ -1,24 +1,21 @@
 """A run on one page, `report.html`: curves, rewards, benchmarks, generations before and after, recipe, data, versions.
 
-It is made from what is in the run's folder alone, so also after the run, for one that was killed, and for several at a
-time: `tunebook report RUN [RUN ...]`. One file that needs no network and no JavaScript; its pictures are PNGs beside it
-too.
+It is made from the run's folder alone, so also for a run that was killed, and for several on the same axes: `tunebook
+report RUN [RUN ...]`. The page is one file that needs no network and no JavaScript. Its pictures stand beside it, too.
 """
 
 import base64
 import json
 import logging
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
@@ -29,17 +26,18 @@ from ..checkpoints import list_checkpoints
 from ..errors import RecipeError
 from ..files import read_rows, write_yaml
 from .generations import TABLE
-from .scores import REWARDS_FILE, ROWS_FILE, flat_scores
+from .scores import REWARDS_FILE, ROWS_FILE, BenchmarkRow, flatten, read_scored_rows
 from .trackers import COUNTERS
 
 logger = logging.getLogger(__name__)
 
 RECORD_FILE = "record.json"  # what a run is made of, written before it trains
 STATE_FILE = "trainer_state.json"
-TEMPLATE = Path(__file__).with_name("report.html")
+FOLDER = Path(__file__).parent
 REPORT = "report.html"
+THEMES = [[FOLDER / "report.mplstyle", FOLDER / f"{name}.mplstyle"] for name in ("light", "dark")]
 
-CURVES = {  # keys of the log, without eval_: title, and what the axis counts
+CURVES = {  # key of the log without eval_: title and label of the axis
     "loss": ("Loss", "loss"),
     "mean_token_accuracy": ("Next-token accuracy", "share of tokens"),
     "accuracy": ("Pair accuracy", "share of pairs"),
@@ -53,34 +51,6 @@ CURVES = {  # keys of the log, without eval_: title, and what the axis counts
     "mfu": ("Model FLOPs utilization", "share of the bf16 peak"),
 }
 
-# Okabe and Ito's colours that can be told apart by everyone, on white and on black
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
-STYLE = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "font.size": 9,
-    "legend.frameon": False,
-    "text.parse_math": False,  # a run's name may hold a $
-}
-
-
-def theme(text: str, lines: str, background: str) -> dict[str, Any]:
-    texts = ("text.color", "axes.labelcolor", "axes.titlecolor", "xtick.labelcolor", "ytick.labelcolor")
-    strokes = ("axes.edgecolor", "grid.color", "xtick.color", "ytick.color")
-    faces = ("figure.facecolor", "axes.facecolor")
-    return STYLE | dict.fromkeys(texts, text) | dict.fromkeys(strokes, lines) | dict.fromkeys(faces, background)
-
-
-LIGHT, DARK = theme("#1f2328", "#d1d5da", "#ffffff"), theme("#e6e8eb", "#474d56", "#16191d")
-
-
-# ---- What is on disk -----------------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -89,27 +59,29 @@ class RunFolder:
     name: str
     record: dict[str, Any]
     state: dict[str, Any]
-    benchmarks: list[dict[str, Any]]
+    benchmarks: list[BenchmarkRow]
     generations: list[dict[str, Any]]
     rewards: pd.DataFrame
 
-    def series(self, key: str) -> dict[int, float]:
-        """Step -> value of a key of the log; of a step that was logged twice, the later value."""
-        return {entry["step"]: entry[key] for entry in self.state["log_history"] if key in entry}
+    def series(self, key: str) -> pd.Series:
+        """Return a key of the log by step; of a step that was logged twice, the later value."""
+        log = self.state["log_history"]
+        return pd.Series({entry["step"]: entry[key] for entry in log if key in entry}, dtype=float)
 
-    def scores(self) -> dict[tuple[str, str], dict[int, tuple[float, float]]]:
-        """(task, metric) -> step -> score and its standard error (0 where it is not known)."""
+    def scores(self) -> dict[tuple[str, str], pd.DataFrame]:
+        """Return (task, metric) -> a frame by step of the columns score and stderr (0 where it is not known)."""
         curves: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
         for row in self.benchmarks:
-            if row["step"] is not None:  # the others are of other models
-                errors = flat_scores([row], "stderr")
-                for name, score in flat_scores([row]).items():
-                    curves.setdefault(name, {})[row["step"]] = score, errors.get(name, 0.0)
-        return curves
+            if row.step is not None:  # the others are of models that this run did not train
+                errors = flatten([row.stderr])
+                for name, score in flatten([row.scores]).items():
+                    curves.setdefault(name, {})[row.step] = score, errors.get(name, 0.0)
+        frames = {name: pd.DataFrame(points, index=["score", "stderr"]).T for name, points in curves.items()}
+        return {name: frame.sort_index() for name, frame in frames.items()}
 
 
 def read_run(folder: Path, name: str) -> RunFolder:
-    """A run that ended, goes on, or was killed: then as far as its last complete checkpoint.
+    """Read a run that ended, is running, or was killed: then as far as its last complete checkpoint.
 
     Raises:
         RecipeError: the folder is not one of a run.
@@ -117,199 +89,157 @@ def read_run(folder: Path, name: str) -> RunFolder:
     record = read_json(folder / RECORD_FILE)
     if record is None:
         raise RecipeError(f"{folder} is not the folder of a run (its output_dir): there is no {RECORD_FILE}.")
-    states = [read_json(path / STATE_FILE) for path in (*list_checkpoints(folder)[-1:], folder)]
     nothing = {"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []}
+    states = [read_json(path / STATE_FILE) for path in (folder, *list_checkpoints(folder)[-1:])]
     return RunFolder(
         name,
         record,
-        max(filter(None, [nothing, *states][::-1]), key=lambda state: state["global_step"]),
-        read_rows(folder / ROWS_FILE),
+        max(filter(None, [*states, nothing]), key=lambda state: state["global_step"]),
+        read_scored_rows(folder / ROWS_FILE),
         read_rows(folder / f"{TABLE}.jsonl"),
         read_rewards(folder / REWARDS_FILE),
     )
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """None where there is no file, or only the beginning of one, of a run that was killed."""
+    """Read a JSON file; None where there is none, or a run was killed while writing it."""
     with suppress(FileNotFoundError, json.JSONDecodeError):
         return json.loads(path.read_text(encoding="utf-8"))
 
 
 def read_rewards(path: Path) -> pd.DataFrame:
-    """Finite rewards of both sides, by pair; none where none were written."""
+    """Read the finite rewards of both sides, by pair; none where none were written."""
     written = path.exists() and path.stat().st_size
     rewards = pd.read_csv(path) if written else pd.DataFrame(columns=["chosen", "rejected"], dtype=float)
     rewards = rewards.apply(pd.to_numeric, errors="coerce")  # a row that was cut
     return rewards[np.isfinite(rewards).all(axis=1)]
 
 
-# ---- Pictures ------------------------------------------------------------------------------------------------------
-
-
 def draw_figures(runs: Sequence[RunFolder]) -> dict[str, Figure]:
-    """File name -> figure, for all that any of the runs logged, the runs on the same axes.
+    """Return file name -> figure, for all that any of the runs logged, the runs on the same axes.
 
-    A colour is a run; of a single run, training or evaluation. Evaluations are dots on a dashed line.
+    Each run has a colour; in the figures of a single run, training and evaluation have one each. Evaluations are dots
+    on a dashed line.
     """
-    figures, several = {}, len(runs) > 1
-    for key, (title, ylabel) in CURVES.items():
-        trained, evaluated = ([run.series(prefix + key) for run in runs] for prefix in ("", "eval_"))
-        if any(trained + evaluated):
-            dashed = several and any(trained) and any(evaluated)
-            figure = new_figure(f"{title} (dashed: evaluation)" if dashed else title, "step", ylabel)
-            for i, run in enumerate(runs):
-                plot(figure, run.name if several else "training", trained[i], i)
-                label = ("" if trained[i] else run.name) if several else "evaluation"
-                plot(figure, label, evaluated[i], i if several else 1, dashed=True)
-            figures[key] = figure
-    scores = [run.scores() for run in runs]
-    for task, metric in sorted({name for of_run in scores for name in of_run}):
-        figure = new_figure(f"{task}, {metric}", "step", "score ± standard error")
+    figures, several, scores = {}, len(runs) > 1, [run.scores() for run in runs]
+    steps = [row.step for run in runs for row in run.benchmarks if row.step is not None]
+    last = max([1, *steps, *(run.state["global_step"] for run in runs)])
+    for key, (title, label) in CURVES.items():
+        figures[key] = figure = new_figure(title, label, last)
         for i, run in enumerate(runs):
-            points = scores[i].get((task, metric), {})
-            values, errors = ({step: point[j] for step, point in points.items()} for j in (0, 1))
-            plot(figure, run.name, values, i, errors=list(errors.values()))
-        figures[f"benchmark_{task}_{metric}"] = figure
+            trained, evaluated = run.series(key), run.series(f"eval_{key}")
+            plot(figure, trained, i, run.name if several else "training")
+            label = ("_nolegend_" if len(trained) else run.name) if several else "evaluation"
+            plot(figure, evaluated, i if several else 1, label, linestyle="--", marker="o")
+        if several and len({line.get_linestyle() for line in figure.axes[0].lines}) > 1:
+            figure.axes[0].set_title(f"{title} (dashed: evaluation)")
+    for task, metric in sorted(set().union(*scores)):
+        figures[f"benchmark_{task}_{metric}"] = figure = new_figure(f"{task}, {metric}", "score ± standard error", last)
+        for i, run in enumerate(runs):
+            if (task, metric) in scores[i]:
+                points = scores[i][task, metric]
+                plot(figure, points["score"], i, run.name, yerr=points["stderr"], marker="o")
     for run in runs:
         if len(run.rewards):
-            title, file = "Rewards of the last evaluation", "rewards"
-            if several:
-                title, file = f"{title}, {run.name}", f"{file}_{run.name}"
-            figures[file] = figure = new_figure(title, "reward", "pairs")
-            sides = [run.rewards[side] for side in ("chosen", "rejected")]
-            figure.axes[0].hist(sides, bins=30, color=COLORS[:2], label=("chosen", "rejected"))
-    last = max((entry["step"] for run in runs for entry in run.state["log_history"]), default=1)
+            suffix, title = (f"_{run.name}", f", {run.name}") if several else ("", "")
+            figures[f"rewards{suffix}"] = figure = new_figure(f"Rewards of the last evaluation{title}", "pairs")
+            figure.axes[0].hist(run.rewards, bins=30, label=list(run.rewards))
+    figures = {file.replace("/", "_"): figure for file, figure in figures.items() if figure.axes[0].has_data()}
     for figure in figures.values():
-        [axes] = figure.axes
-        if axes.get_xlabel() == "step":
-            axes.set_xlim(-0.03 * last, 1.03 * last)
-        if several or len(axes.get_legend_handles_labels()[0]) > 1:
-            axes.legend()
-    return {file.replace("/", "_"): figure for file, figure in figures.items()}
+        if several or len(figure.axes[0].get_legend_handles_labels()[0]) > 1:
+            figure.axes[0].legend()
+    return figures
 
 
-def new_figure(title: str, xlabel: str, ylabel: str) -> Figure:
-    figure = Figure(figsize=(5.6, 3.1))
-    figure.subplots_adjust(left=0.17, right=0.98, bottom=0.15, top=0.91)  # the same for all, which aligns them
+def new_figure(title: str, ylabel: str, last_step: int | None = None) -> Figure:
+    """Return a figure over steps, or over rewards where `last_step` is None."""
+    figure = Figure()
     axes = figure.subplots()
-    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    axes.yaxis.set_major_formatter(format_tick)
-    if xlabel == "step":
+    axes.set(title=title, xlabel="step" if last_step else "reward", ylabel=ylabel)
+    axes.yaxis.set_major_formatter("{x:,.6g}")
+    if last_step:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlim(-0.03 * last_step, 1.03 * last_step)
     return figure
 
 
-def format_tick(value: float, position: int | None = None) -> str:
-    if not 0 < abs(value) < 1e-3:
-        return f"{value:,.6g}"
-    digits, exponent = f"{value:.2e}".split("e")
-    return f"{float(digits):g}e{int(exponent)}"
-
-
-def plot(
-    figure: Figure,
-    label: str,
-    points: Mapping[int, float],
-    color: int,
-    *,
-    dashed: bool = False,
-    errors: Sequence[float] | None = None,
-) -> None:
-    if points:
-        figure.axes[0].errorbar(
-            list(points),
-            list(points.values()),
-            errors,
-            label=label or "_nolegend_",
-            color=COLORS[color % len(COLORS)],
-            linestyle="--" if dashed else "-",
-            marker="o" if dashed or errors or len(points) == 1 else "",
-            markersize=4,
-            capsize=2,
-        )
+def plot(figure: Figure, values: pd.Series, color: int, label: str, marker: str = "", **style: Any) -> None:
+    if len(values):
+        marker = marker or ("o" if len(values) == 1 else "")
+        figure.axes[0].errorbar(values.index, values, color=f"C{color}", label=label, marker=marker, **style)
 
 
 def draw_png(figure: Figure) -> bytes:
     file = BytesIO()
-    figure.savefig(file, format="png", dpi=160)
+    figure.savefig(file, format="png")
     return file.getvalue()
-
-
-# ---- The page ------------------------------------------------------------------------------------------------------
 
 
 def list_facts(run: RunFolder) -> dict[str, str]:
     record, state = run.record, run.state
-    speeds = list(run.series("tokens_per_second").values())
-    seconds = list(run.series("train_runtime").values())
+    speeds, seconds = run.series("tokens_per_second"), run.series("train_runtime")
     return {
         "Task": record["task"],
         "Model": record["model"],
         "Steps": f"{state['global_step']} of {state['max_steps']}" if state["max_steps"] else "none saved",
         "Epochs": f"{state['epoch'] or 0:.4g}",
-        "Time since the last start": str(timedelta(seconds=round(seconds[-1]))) if seconds else "not finished",
-        "Speed, median": f"{median(speeds):,.0f} tokens/s" if speeds else "",
+        "Time since the last start": str(timedelta(seconds=round(seconds.iloc[-1])))
+        if len(seconds)
+        else "not finished",
+        "Speed, median": f"{speeds.median():,.0f} tokens/s" if len(speeds) else "",
         "Resumed from": ", ".join(record["resumed_from"]) or "never",
     }
 
 
 def list_origins(run: RunFolder) -> dict[str, str]:
     record = run.record
-    return {
-        **{f"Rows, {split}": text for split, text in record["rows"].items()},
-        "Fingerprint of the tokens": record["data"],
-        "Seed": record["seed"],
-        **record["versions"],
-    }
+    rows = {f"Rows, {split}": text for split, text in record["rows"].items()}
+    return rows | {"Fingerprint of the tokens": record["data"], "Seed": record["seed"]} | record["versions"]
 
 
 def list_results(run: RunFolder) -> dict[str, str]:
-    """First and last value of the loss, of all that was evaluated, and of the benchmarks."""
+    """Return the first and last value of the loss, of all that was evaluated, and of the benchmarks."""
     keys = {key: None for entry in run.state["log_history"] for key in entry if key.startswith("eval_")}
     names = [key for key in keys if key.removeprefix("eval_") not in COUNTERS and not key.startswith("eval_bench_")]
-    curves = {key: list(run.series(key).values()) for key in ("loss", *names)}
-    for (task, metric), points in run.scores().items():
-        curves[f"benchmark {task} {metric}"] = [points[step][0] for step in sorted(points)]
-    return {name: " → ".join(f"{value:.4g}" for value in (v[0], v[-1])[-len(v) :]) for name, v in curves.items() if v}
+    curves = {key: run.series(key) for key in ("loss", *names)}
+    curves |= {f"benchmark {task} {metric}": points["score"] for (task, metric), points in run.scores().items()}
+    return {name: " → ".join(f"{v:.4g}" for v in [*c[:1], *c[1:][-1:]]) for name, c in curves.items() if len(c)}
 
 
 def list_gaps(run: RunFolder) -> Iterator[str]:
-    """What a curve cannot show."""
+    """Yield what a curve cannot show."""
     if not run.state["log_history"]:
         yield f"{run.name}: nothing was logged, or no checkpoint was saved before the run was killed."
-    for key in CURVES:
-        for name in (key, f"eval_{key}"):
-            values = run.series(name).values()
-            if missing := sum(not math.isfinite(value) for value in values):
-                yield f"{run.name}: {missing} of {len(values)} values of {name} are not finite."
+    for name in (prefix + key for key in CURVES for prefix in ("", "eval_")):
+        finite = np.isfinite(run.series(name))
+        if not finite.all():
+            yield f"{run.name}: {(~finite).sum()} of {len(finite)} values of {name} are not finite."
 
 
 def pair_generations(run: RunFolder) -> list[tuple[str, ...]]:
-    """Prompt, setting of the sweep, and what the model said at the first and at the last evaluation."""
+    """Return a table of prompts, with the sweep's setting, and their outputs at the first and the last evaluation."""
     swept = run.record["recipe"].get("eval_generation_kwargs") or {}
-    by_step: dict[int, dict[tuple[str, ...], str]] = {}
+    outputs: dict[int, dict[str, str]] = {}
     for row in run.generations:
         setting = ", ".join(f"{key} {row[key]}" for key in swept if key in row)
-        by_step.setdefault(row["step"], {})[row["prompt"], setting] = row["output"]
-    if not by_step:
+        prompt = "\n".join(filter(None, (row["prompt"], setting)))
+        outputs.setdefault(row["step"], {})[prompt] = row["output"]
+    if not outputs:
         return []
-    first, last = min(by_step), max(by_step)
+    first, last = min(outputs), max(outputs)
     header = ("Prompt", f"Before (step {first})", f"After (step {last})")
-    rows = [
-        ("\n".join(filter(None, key)), by_step[first].get(key, ""), output) for key, output in by_step[last].items()
-    ]
-    return [header, *rows]
+    return [header, *((prompt, outputs[first].get(prompt, ""), output) for prompt, output in outputs[last].items())]
 
 
 def compare(names: Sequence[str], columns: Iterable[Mapping[str, Any]], missing: str = "") -> list[tuple[Any, ...]]:
-    """A table, its header first, with a row for each key of any column."""
+    """Return a table, its header first, with a row for each key of any column."""
     columns = list(columns)
     keys = {key: None for column in columns for key in column}
     return [("", *names), *((key, *(column.get(key, missing) for column in columns)) for key in keys)]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> None:
-    """Write one page on one or several runs to `out`, and its pictures to the folder beside it, of its name.
+    """Write one page on one or several runs to `out`, and its pictures to the folder of the same name.
 
     Raises:
         RecipeError: a folder is not one of a run, or `out` does not end in .html.
@@ -322,24 +252,24 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     runs = [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
     pictures = out.with_suffix("")
     pictures.mkdir(parents=True, exist_ok=True)
-    themes = []
-    for colors in (LIGHT, DARK):
-        with matplotlib.rc_context(colors):
+    drawn: dict[str, list[bytes]] = {}
+    for theme in THEMES:
+        with matplotlib.style.context(theme):
             figures = draw_figures(runs)
-            themes.append({file: draw_png(figure) for file, figure in figures.items()})
-    for file, png in themes[0].items():
-        (pictures / f"{file}.png").write_bytes(png)
+            for file, figure in figures.items():
+                drawn.setdefault(file, []).append(draw_png(figure))
+    for file, (light, _) in drawn.items():
+        (pictures / f"{file}.png").write_bytes(light)
     recipes = compare(names, [run.record["recipe"] for run in runs], missing="default")
-    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text(encoding="utf-8")
-    )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string((FOLDER / "report.html").read_text(encoding="utf-8"))
     html = page.render(
         names=names,
         gaps=[gap for run in runs for gap in list_gaps(run)],
         facts=compare(names, map(list_facts, runs)),
         figures=[
-            (figure.axes[0].get_title(loc="left"), *(base64.b64encode(theme[file]).decode() for theme in themes))
-            for file, figure in figures.items()
+            (figures[file].axes[0].get_title(loc="left"), *(base64.b64encode(png).decode() for png in pngs))
+            for file, pngs in drawn.items()
         ],
         results=compare(names, map(list_results, runs)),
         generations=dict(zip(names, map(pair_generations, runs), strict=True)),
@@ -351,7 +281,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
 
 
 def report_run(output_dir: Path) -> None:
-    """The page of a run that ends. One that cannot be written, on a full disk, is told and fails nothing."""
+    """Write the page of a run that ends. A page that cannot be written, on a full disk, is a warning."""
     try:
         write_report([output_dir], output_dir / REPORT)
     except OSError as error:

@@ -1,46 +1,72 @@
-"""Scores of benchmarks: rows of `benchmarks.jsonl`, names in trackers, tables, model cards; reward models' accuracy.
+"""Scores of benchmarks: the rows of `benchmarks.jsonl`, their names in trackers, tables and model cards."""
 
-{"step": 10, "benchmark": "gsm8k", "model": ..., "revision": ..., "status": "completed", "seconds": 61.0,
- "scores": {task: {metric: value}}, "stderr": {task: {metric: value}}, "error": ""}
-"""
-
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
 from rich.table import Table
 
-from ..files import markdown_table
+from ..files import markdown_table, read_rows
 
 ROWS_FILE = "benchmarks.jsonl"
-REWARDS_FILE = "eval_rewards.csv"  # of the pairs of a reward model's last evaluation: chosen, rejected
+REWARDS_FILE = "eval_rewards.csv"  # chosen and rejected reward of each pair in a reward model's last evaluation
 CARD_HEADING = "## Benchmarks"
 
-
-def tracker_scores(row: dict) -> dict[str, float]:
-    """A row's scores as trackers and metric_for_best_model name them: eval_bench_<task>_<metric>."""
-    return {f"eval_bench_{task}_{metric}": value for (task, metric), value in flat_scores([row]).items()}
+Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
 
 
-def flat_scores(rows: Sequence[dict], key: str = "scores") -> dict[tuple[str, str], float]:
-    """`{(task, metric): value}` over all rows; of a task that was run twice, the later value."""
-    return {
-        (task, metric): value for row in rows for task, scores in row[key].items() for metric, value in scores.items()
-    }
+@dataclass
+class BenchmarkRow:
+    """One benchmark of one model: a line of `benchmarks.jsonl`.
+
+    Attributes:
+        step: step of the checkpoint; None for a model that this run did not train.
+        status: "completed", "failed" or "timed out".
+        seconds: how long the benchmark ran.
+        stderr: standard errors of the scores that have one.
+        error: what failed, and the end of the log.
+    """
+
+    step: int | None
+    benchmark: str
+    model: str
+    revision: str | None = None
+    status: str = "completed"
+    seconds: float = 0.0
+    scores: Scores = field(default_factory=dict)
+    stderr: Scores = field(default_factory=dict)
+    error: str = ""
+
+    def tracker_scores(self) -> dict[str, float]:
+        """Return the scores as trackers and `metric_for_best_model` name them: eval_bench_<task>_<metric>."""
+        return {f"eval_bench_{task}_{metric}": value for (task, metric), value in flatten([self.scores]).items()}
+
+
+def read_scored_rows(path: Path) -> list[BenchmarkRow]:
+    """Read a `benchmarks.jsonl`; no rows where there is no file."""
+    return [BenchmarkRow(**row) for row in read_rows(path)]
+
+
+def flatten(several: Iterable[Scores]) -> dict[tuple[str, str], float]:
+    """Return `{(task, metric): value}`; the later value of a task that ran twice."""
+    tasks = [item for scores in several for item in scores.items()]
+    return {(task, metric): value for task, metrics in tasks for metric, value in metrics.items()}
 
 
 def scores_table(
-    rows: Sequence[dict], other_rows: Sequence[dict] = (), title: str = "", other_title: str = ""
+    rows: Sequence[BenchmarkRow], other_rows: Sequence[BenchmarkRow] = (), title: str = "", other_title: str = ""
 ) -> Table:
-    """A rich table of one model's scores with their standard errors and, given another model's, the differences to it.
+    """Return a rich table of a model's scores and standard errors and, given another model's, the differences to it.
 
-    A benchmark that failed is a row with its status; its error is in the row and in the log.
+    A benchmark that failed has a line with its status and the first line of its error.
     """
     table = Table("task", "metric", title or "score")
     if other_rows:
         table.add_column(other_title or "other")
         table.add_column("difference")
-    scores, stderr, others = flat_scores(rows), flat_scores(rows, "stderr"), flat_scores(other_rows)
+    scores, others = (flatten(row.scores for row in each) for each in (rows, other_rows))
+    stderr = flatten(row.stderr for row in rows)
     for (task, metric), value in scores.items():
         error = f" ± {stderr[task, metric]:.4f}" if (task, metric) in stderr else ""
         cells = [task, metric, f"{value:.4f}{error}"]
@@ -48,23 +74,24 @@ def scores_table(
             cells += [f"{others[task, metric]:.4f}", f"{value - others[task, metric]:+.4f}"]
         table.add_row(*cells)
     for row in rows:
-        if row["status"] != "completed":
-            table.add_row(row["benchmark"], row["status"], row["error"].partition("\n")[0])
+        if row.status != "completed":
+            table.add_row(row.benchmark, row.status, row.error.partition("\n")[0])
     return table
 
 
-def add_scores_to_card(card_path: Path, rows: Sequence[dict], model_name: str, step: int) -> None:
-    """Write benchmark rows into a model card: a table with a line a step, and as model-index the scores at `step`,
-    those of the model that the card is for. What an earlier call wrote is replaced; the rest of the card is kept."""
+def add_scores_to_card(card_path: Path, rows: Sequence[BenchmarkRow], model_name: str, step: int) -> None:
+    """Write scores into a model card: a table with a line per step, and the scores at `step` as its model-index.
+
+    `step` is that of the model that the card describes. A table that an earlier call wrote is replaced, and the rest
+    of the card is kept.
+    """
     card = ModelCard(card_path.read_text() if card_path.exists() else "---\n---\n")
-    rows = [row for row in rows if row["step"] is not None]  # the others are of other models
-    steps = sorted({row["step"] for row in rows})
-    by_step = {at: flat_scores([row for row in rows if row["step"] == at]) for at in steps}
-    columns = sorted(flat_scores(rows))
-    lines = [
-        [at, *(f"{scores[column]:.4f}" if column in scores else "" for column in columns)]
-        for at, scores in by_step.items()
-    ]
+    rows = [row for row in rows if row.step is not None]
+    columns = sorted(flatten(row.scores for row in rows))
+    lines = []
+    for at in sorted({row.step for row in rows}):
+        scores = flatten(row.scores for row in rows if row.step == at)
+        lines.append([at, *(f"{scores[column]:.4f}" if column in scores else "" for column in columns)])
     section = markdown_table(["step", *(f"{task} {metric}" for task, metric in columns)], lines)
     before, _, after = card.text.partition(f"{CARD_HEADING}\n")
     _, heading, rest = after.partition("\n## ")
@@ -72,6 +99,6 @@ def add_scores_to_card(card_path: Path, rows: Sequence[dict], model_name: str, s
     card.data.model_name = model_name
     card.data.eval_results = [
         EvalResult("text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=value)
-        for (task, metric), value in sorted(by_step.get(step, {}).items())
+        for (task, metric), value in sorted(flatten(row.scores for row in rows if row.step == step).items())
     ]
     card.save(card_path)

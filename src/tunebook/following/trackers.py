@@ -2,19 +2,21 @@
 
 import copy
 import importlib
+import logging
 import os
 from collections.abc import Sequence
+from functools import cache
 
 import pandas as pd
-from accelerate.logging import get_logger
 from transformers import Trainer, TrainerControl
 from transformers.integrations import TensorBoardCallback
 
 from ..files import markdown_table
 
-logger = get_logger(__name__)
+logger = logging.getLogger(__name__)
+warn_once = cache(logger.warning)
 
-COUNTERS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "epoch")  # of an evaluation's log
+COUNTERS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "epoch")  # what an evaluation also logs
 
 
 def set_wandb_environment(
@@ -28,24 +30,23 @@ def set_wandb_environment(
     settings = {"WANDB_ENTITY": entity, "WANDB_PROJECT": project, "WANDB_RUN_GROUP": run_group}
     settings = {name: value for name, value in settings.items() if value}
     if settings and "wandb" not in report_to:
-        keys = ", ".join(name.lower() for name in settings)
-        raise ValueError(f"{keys} would have no effect: report_to is {list(report_to)}; add wandb to it")
+        keys = ", ".join(f"`{name.lower()}`" for name in settings)
+        raise ValueError(f"{keys} would have no effect: `report_to` is {list(report_to)}. Add wandb to it.")
     os.environ |= settings
 
 
 def log_at_step(trainer: Trainer, logs: dict[str, float], step: int) -> None:
-    """Log to the trackers and the history at a step that may have passed. On the main process alone."""
+    """Log to the trackers and the history at a step that may have passed. Call it on the main process alone."""
     state = copy.copy(trainer.state)
     state.global_step = step
     trainer.state.log_history.append({**logs, "step": step})
-    # A control of its own, since on_log clears should_log, which may be set for the loss of the current step.
+    # on_log clears should_log, which may be set for the loss of the current step: give it a control of its own
     trainer.callback_handler.on_log(trainer.args, state, TrainerControl(), dict(logs))
 
 
 def log_table(trainer: Trainer, name: str, rows: list[dict]) -> None:
     """Send rows as a table to the trackers that have tables: wandb, trackio, tensorboard (as Markdown)."""
-    table = pd.DataFrame(rows)
-    step = trainer.state.global_step
+    table, step = pd.DataFrame(rows), trainer.state.global_step
     for tracker in trainer.args.report_to:
         if tracker in ("wandb", "trackio"):
             module = importlib.import_module(tracker)
@@ -55,4 +56,4 @@ def log_table(trainer: Trainer, name: str, rows: list[dict]) -> None:
             writer = next(callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
             writer.add_text(name, markdown_table(table.columns, table.values.tolist()), step)
         else:
-            logger.warning_once(f"{tracker} is sent no table of {name}")
+            warn_once("The table of %s is not sent to %s.", name, tracker)
