@@ -171,7 +171,7 @@ def test_the_command_takes_overrides_and_writes_a_page(tiny, pair_rows, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no chromium here")
-@pytest.mark.parametrize(("scheme", "column"), [(1, 1), (0, 2)], ids=["light", "dark"])
+@pytest.mark.parametrize(("scheme", "column"), [(1, "light"), (0, "dark")])
 def test_a_browser_shows_the_legends_colours(tiny, pair_rows, tmp_path, scheme, column):
     page, picture = tmp_path / "page.html", tmp_path / "page.png"
     page.write_text(html_page(*preview_rows(recipe_of("dpo", tiny, pair_rows), 1), "rows"), encoding="utf-8")

