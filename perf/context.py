@@ -1,10 +1,10 @@
-"""Peak memory and time of a step of a long row against context_parallel_size, on the CPU.
+"""Measure peak memory and time of a step on a long row by context_parallel_size, on the CPU.
 
-python perf/context.py        writes perf/results/context-<machine>.json and prints the table of docs/performance.md
+python perf/context.py        write perf/results/context-<machine>.json and print the table of docs/performance.md
 
-Memory is what forward and backward add to a process, all of it: activations, the exchanged keys and values, logits.
-Every run is of fresh processes, which return freed memory at once (MALLOC_MMAP_THRESHOLD_) so that the peak is of what
-was needed.
+The memory is all that forward and backward add to a process: activations, the exchanged keys and values, and logits.
+Every run starts new processes. They return freed memory at once (M_MMAP_THRESHOLD), so the peak holds only what was
+needed.
 """
 
 import argparse
@@ -35,7 +35,7 @@ M_MMAP_THRESHOLD = -3  # malloc.h
 
 
 def step(model: torch.nn.Module, tokens: int) -> float:
-    """Seconds of forward and backward of one document, a label at each token."""
+    """Return the seconds of forward and backward on one document with a label at each token."""
     ids = torch.arange(tokens)[None] % model.config.vocab_size
     start = time.perf_counter()
     model(
@@ -55,7 +55,7 @@ def measure(rank: int, folder: Path, case: dict) -> None:
     pack_causal_lm(model, context=context)
     if case["activation_checkpointing"]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    step(model, 64)  # the gradients
+    step(model, 64)  # allocates the gradients
     before = psutil.Process().memory_info().rss
     seconds = [step(model, case["tokens"]) for _ in range(case["steps"])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
@@ -83,8 +83,8 @@ def sheet(runs: list[dict]) -> Sheet:
         )
         for run in runs
     ]
-    header = ("checkpointing", "context_parallel_size", "head stride", "memory a process (MB)", "seconds a step")
-    return Sheet(f"{runs[0]['tokens']:,} tokens in one document", header, lines)
+    header = ("checkpointing", "context_parallel_size", "head stride", "MB per process", "seconds per step")
+    return Sheet(f"One document of {runs[0]['tokens']:,} tokens", header, lines)
 
 
 def main(sizes: list[int], strides: list[int], tokens: int, steps: int) -> None:

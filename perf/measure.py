@@ -1,7 +1,7 @@
-"""Run a training script in this process and write to OUT, as JSON, what its steps took.
+"""Run a training script in this process and write the time, memory and batches of its steps to OUT as JSON.
 
 python perf/measure.py OUT train SCRIPT ARGUMENTS...
-python perf/measure.py OUT scale SCRIPT RECIPE...     one run after the other
+python perf/measure.py OUT scale SCRIPT RECIPE...     run one recipe after the other
 """
 
 import json
@@ -18,18 +18,18 @@ import torch
 import transformers
 from transformers import Trainer, TrainerCallback
 
-RSS_UNIT = 1024 if sys.platform == "linux" else 1  # bytes; getrusage(2) of macOS counts in bytes
+RSS_UNIT = 1024 if sys.platform == "linux" else 1  # bytes per unit of ru_maxrss; macOS counts in bytes
 
 
 class Trained(Exception):
-    """The last step is done: what a script does after it (saving, the card) is not measured."""
+    """Stops a script after its last step. Saving and the model card are not measured."""
 
 
 class Recorder(TrainerCallback):
-    """Times and batches of the steps of whatever trainer is built while it is in place."""
+    """Records times and batches of the steps of every trainer that is built inside its `with` block."""
 
     def __init__(self):
-        self.times: list[float] = []  # the first step's start, and every step's end
+        self.times: list[float] = []  # start of the first step, then the end of every step
         self.batches: list[dict[str, torch.Tensor]] = []
         self.seconds_to_first_step = self.peak_memory = 0.0
 
@@ -72,9 +72,15 @@ class Recorder(TrainerCallback):
 
 
 def describe(batch: dict[str, torch.Tensor]) -> dict:
-    """Of a batch: its places with the padding, the tokens of each row or document, how many of them the first row of
-    the pair has too, and the positions that the LM head must score."""
-    from tunebook.packing.forward import pack_rows  # late: TRL's side starts without it
+    """Return the size of a batch.
+
+    Returns:
+        padded: positions, with the padding.
+        lengths: tokens of each row or document.
+        shared: tokens of each row that the first row of its pair has too.
+        scored: positions that the LM head must score.
+    """
+    from tunebook.packing.forward import pack_rows  # imported here, because TRL's side starts without it
 
     if "attention_mask" not in batch:  # packed by TRL's collator
         lengths = batch["cu_seq_lens_q"].diff()
@@ -96,7 +102,7 @@ def describe(batch: dict[str, torch.Tensor]) -> dict:
 
 
 def train(script: str, *arguments: str) -> dict:
-    """Run a script as from the command line: a file, or the name of a module."""
+    """Run a script, given as a file or a module's name, as the command line would."""
     with Recorder() as recorder, patch.object(sys, "argv", [script, *arguments]):
         if script.endswith(".py"):
             runpy.run_path(script, run_name="__main__")

@@ -1,10 +1,11 @@
-"""Muon against AdamW: the loss on held-out rows after a short fine-tuning, each at four learning rates.
+"""Compare Muon with AdamW: the loss on held-out rows after a short fine-tuning, at four learning rates each.
 
-python perf/muon.py --gsm8k DATA   trains 8 times on the CPU, writes perf/results/muon-gsm8k.json, prints the table
+python perf/muon.py --gsm8k DATA   train 8 times on the CPU, write perf/results/muon-gsm8k.json, print the table
 
-The top 6 layers are trained, so nearly all of it by the one or the other; the AdamW half of Muon, the norms, keeps one
-learning rate. Muon's are multiples of 0.2 sqrt(hidden_size), the factor of `muon_learning_rate`'s default. Each side's
-best is neither its first nor its last. A run that perf/results has with the same settings is not repeated.
+Only the top 6 layers are trained, so nearly all trained parameters belong to one optimizer. The AdamW half of Muon, the
+norms, keeps one learning rate. Muon's learning rates are multiples of 0.2 sqrt(hidden_size), the factor in the default
+of `muon_learning_rate`. The best learning rate of each side is neither its first nor its last. A run that perf/results
+holds with the same settings is not repeated.
 """
 
 import argparse
@@ -26,7 +27,7 @@ from tunebook.scripts import sft
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "perf/results/muon-gsm8k.json"
 ADAMW = (1e-4, 3e-4, 1e-3, 3e-3)
-MUON = (3e-4, 1e-3, 3e-3, 1e-2)  # times the factor
+MUON = (3e-4, 1e-3, 3e-3, 1e-2)  # multiples of the factor
 NORMS = 3e-4
 RECIPE = {
     "prompt_column": "question",
@@ -50,7 +51,7 @@ RECIPE = {
 
 
 def train(recipe: dict[str, Any]) -> dict[str, Any]:
-    """Its loss on the held-out rows, a token, and on each batch."""
+    """Train a recipe and return its loss per token on the held-out rows and on each batch."""
     with tempfile.TemporaryDirectory() as folder:
         history = sft.main(parse("sft", {**recipe, "output_dir": folder})).state.log_history
     return {

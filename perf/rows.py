@@ -1,4 +1,4 @@
-"""The rows and the small model that the comparison trains on; the same for the same seed."""
+"""Make the rows and the small model of the comparison. The same seed gives the same rows."""
 
 import json
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-# One token each in SmolLM2's vocabulary, and in that of the small model
+# Each word is one token in SmolLM2's vocabulary and in the small model's
 WORDS = (
     "the of and to in is that for it as was with on are by be this from at have or an not which one two three four "
     "five six seven eight nine ten many more each how if then has total number money day week year hour first last "
@@ -20,8 +20,8 @@ WORDS = (
 ).split()
 VOCABULARY = 8192
 
-# Mean and standard deviation of the logarithm of SmolLM2's tokens in GSM8K: questions and answers of the training
-# split (7,473 rows), and the three columns of the preferences (1,637 pairs).
+# Mean and standard deviation of the logarithm of the number of SmolLM2's tokens in GSM8K: questions and answers of the
+# training split (7,473 rows), and the three columns of the preferences (1,637 pairs)
 QUESTION, ANSWER = (4.04, 0.35), (4.74, 0.42)
 PROMPT, CHOSEN, REJECTED = (4.13, 0.34), (4.91, 0.38), (4.84, 0.41)
 
@@ -30,7 +30,7 @@ Length = Callable[[], float]
 
 
 def write(rows: Rows, folder: Path) -> Path:
-    """One file in a folder, as TRL's scripts (the folder) and tunebook's (the file) take it."""
+    """Write one file into a folder and return it. TRL's scripts read the folder, tunebook's the file."""
     folder.mkdir(parents=True)
     file = folder / "train.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -44,7 +44,7 @@ def read(file: Path, count: int, generator: np.random.Generator) -> Rows:
 
 
 def gsm8k(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
-    """Question and answer, from `folder`/train.jsonl, or words of the same lengths."""
+    """Return questions and answers from `folder`/train.jsonl, or words of the same lengths."""
     generator = np.random.default_rng(seed)
     if folder is None:
         return answers(count, lognormal(generator, *QUESTION), lognormal(generator, *ANSWER), generator)
@@ -53,7 +53,7 @@ def gsm8k(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
 
 
 def gsm8k_preferences(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
-    """A right and a wrong answer, from `folder`/preferences.jsonl, or words of the same lengths."""
+    """Return right and wrong answers from `folder`/preferences.jsonl, or words of the same lengths."""
     generator = np.random.default_rng(seed)
     if folder is None:
         lengths = (lognormal(generator, *column) for column in (PROMPT, CHOSEN, REJECTED))
@@ -63,26 +63,26 @@ def gsm8k_preferences(count: int, folder: Path | None = None, seed: int = 0) -> 
 
 
 def long_tail(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
-    """Most answers short, a few of up to 900 words."""
+    """Return mostly short answers, and a few of up to 900 words."""
     generator = np.random.default_rng(seed)
     tail = lognormal(generator, 4.5, 1.0)
     return answers(count, partial(generator.integers, 20, 60), lambda: min(tail(), 900), generator)
 
 
 def shared_prompts(count: int, folder: Path | None = None, seed: int = 0) -> Rows:
-    """Pairs of short answers to long prompts."""
+    """Return pairs of short answers to long prompts."""
     generator = np.random.default_rng(seed)
     answer = partial(generator.integers, 20, 60)
     return pairs(count, partial(generator.integers, 400, 700), answer, answer, generator)
 
 
 def short(count: int, like: dict[str, str]) -> Rows:
-    """Rows of a word in each column, for a step that is not timed."""
+    """Return rows of one word per column, for a step that is not timed."""
     return [dict.fromkeys(like, "one ")] * count
 
 
 def equal_lengths(count: int, length: int, seed: int = 0) -> Rows:
-    """Prompt and completion of `length` tokens of the small model together, with EOS."""
+    """Return rows of `length` tokens of the small model: prompt, completion and EOS."""
     generator = np.random.default_rng(seed)
     return answers(count, lambda: length // 2, lambda: length - length // 2 - 1, generator)
 
@@ -113,7 +113,7 @@ def text(words: float, generator: np.random.Generator) -> str:
 
 
 def save_small_model(folder: Path, **changes) -> None:
-    """A random Llama of 10M parameters with its tokenizer of whole words; `changes` go into the config."""
+    """Save a random Llama of 10M parameters and a tokenizer of whole words. `changes` go into the config."""
     words = {token: i for i, token in enumerate(("<pad>", "<eos>", "<unk>", *WORDS))}
     words |= {f"w{i}": i for i in range(len(words), VOCABULARY)}
     tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
