@@ -6,7 +6,6 @@ accelerate launch --config_file configs/accelerate/zero3.yaml src/dpo.py --confi
 import sys
 
 from transformers import AutoModelForCausalLM
-from trl import get_peft_config
 
 from tunebook.errors import exit_on_error
 from tunebook.recipe import Recipe, parse_command_line
@@ -18,9 +17,9 @@ def main(recipe: Recipe) -> DPOTrainer:
     if recipe.training.dry_run:
         raise SystemExit(check(recipe))
     run = prepare(recipe)
-    peft_config = get_peft_config(recipe.model)
+    model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer)
     trainer = DPOTrainer(
-        model=load_model(AutoModelForCausalLM, recipe, run.tokenizer, peft_config),
+        model=model,
         ref_model=load_reference(recipe, run.tokenizer),
         args=recipe.training,
         train_dataset=run.data.train,

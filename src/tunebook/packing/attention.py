@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -39,9 +40,8 @@ def varlen_attention(
     context: ContextGroup | None = None,
     **kwargs,
 ) -> tuple[torch.Tensor, None]:
-    """
-    Attention of each document of a packed row to itself, causal; transformers' `sdpa` where no documents are given
-    (generation, padded batches).
+    """Attend from each document of a packed row to itself, causally; like transformers' `sdpa` where no documents are
+    given (generation, padded batches).
 
     Args:
         query: (1, heads, tokens, head_dim); key, value: (1, key_value_heads, tokens, head_dim).
@@ -141,38 +141,40 @@ AttentionInterface.register(NAME, varlen_attention)
 AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def set_varlen_attention(model: PreTrainedModel) -> None:
-    """
-    Make `model` attend with `varlen_attention`.
+def set_varlen_attention(model: PreTrainedModel) -> RemovableHandle:
+    """Make `model` attend with `varlen_attention`, and return the handle of the hook that gives packed rows no mask.
 
     Raises:
         ValueError: what the model does cannot be done by a kernel that gets documents instead of a mask.
     """
-    name, config = type(model).__name__, model.config.to_dict()
+    if reason := _find_obstacle(model):
+        raise ValueError(f"packing: {type(model).__name__} {reason}. Set packing: false.")
+    model.set_attn_implementation(NAME)
+    return model.base_model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
+
+
+def _find_obstacle(model: PreTrainedModel) -> str | None:
+    config = model.config.to_dict()
+    if model.config.get_text_config() is not model.config:
+        return "takes more than text, which packing would misplace"
     other_layers = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     if model._is_stateful or other_layers:
-        raise ValueError(
-            f"packing: {name} has layers that carry a state or mix tokens in another way than causal attention "
-            f"({', '.join(sorted(other_layers)) or 'state space, linear attention'}): documents in one row would see "
-            "each other. Set packing: false."
+        kinds = ", ".join(sorted(other_layers)) or "state space, linear attention"
+        return (
+            f"has layers that carry a state or mix tokens otherwise than causal attention does ({kinds}): documents in "
+            "one row would see each other"
         )
     # transformers' flags say that attention goes through AttentionInterface, and that documents say all there is to
     # know: no ALiBi, no positions counted from the mask, no mask that a layer computes
     if not (model._supports_attention_backend and model._supports_flash_attn):
-        raise ValueError(
-            f"packing: {name} does not support variable-length attention: its positions (ALiBi, say) or its masks are "
-            "made for one document a row. Set packing: false."
-        )
+        return "does not support variable-length attention: its positions (ALiBi) or masks are for one document per row"
     if not model._supports_sdpa and "attn_logit_softcapping" not in config:
-        raise ValueError(f"packing: {name} has attention sinks, which this attention lacks. Set packing: false.")
-    for dropout in ("attention_dropout", "attn_pdrop"):
-        if config.get(dropout):
-            raise ValueError(
-                f"packing: {name} has an {dropout} of {config[dropout]}, which variable-length attention lacks. "
-                f"Set packing: false, or model_init_kwargs: {{{dropout}: 0.0}}."
-            )
-    model.set_attn_implementation(NAME)
-    model.base_model.register_forward_pre_hook(_drop_mask, with_kwargs=True)
+        return "has attention sinks, which this attention lacks"
+    for name in ("attention_dropout", "attn_pdrop"):
+        if config.get(name):
+            off = f"model_init_kwargs: {{{name}: 0.0}} turns it off"
+            return f"has an {name} of {config[name]}, which variable-length attention lacks ({off})"
+    return None
 
 
 def _drop_mask(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:

@@ -1,6 +1,6 @@
 """Batches of preference pairs with an even number of packed tokens."""
 
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -8,11 +8,14 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from ..recipe.configs import PreferenceConfig
+
+WINDOW = 16  # optimizer steps whose batches are balanced with one another
+
 
 def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """
-    Tokens of each pair, chosen and rejected together, and how many of them `share_prefix` saves: two arrays of
-    (rows,). The packed length of a pair is the first less, where the prefix is shared, the second.
+    """Return the tokens of each pair, chosen and rejected together, and how many of them `share_prefix` saves: two
+    arrays of (rows,). The packed length of a pair is the first less, where the prefix is shared, the second.
 
     Args:
         dataset: TRL's processed columns, chosen_ids and rejected_ids (RM), and prompt_ids (DPO).
@@ -37,35 +40,36 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.nd
     return np.concatenate(tokens), np.concatenate(saved)
 
 
-def decides_sharing(args: Any, saves: float) -> bool:
-    """Whether the prefix is shared: what `share_prefix` says; where it is unset, if that `saves` at least 5% of the
-    tokens and no dropout would be shared with it."""
+def decides_sharing(args: PreferenceConfig, saves: float) -> bool:
+    """Return whether the prefix is shared: as `share_prefix` says; where it is unset, if sharing `saves` at least 5% of
+    the tokens and no dropout would be shared with it."""
     return bool(saves >= 0.05 and args.disable_dropout) if args.share_prefix is None else args.share_prefix
 
 
 def list_offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-    """The values of a column of lists, one list after the other, and the (rows + 1,) places where the lists start."""
+    """Return the values of a column of lists, one list after the other, and where the lists start, (rows + 1,)."""
     lengths = pc.list_value_length(column).to_numpy()
     return pc.list_flatten(column).to_numpy(), np.concatenate(([0], lengths.cumsum()))
 
 
+@dataclass(eq=False, repr=False)
 class TokenBatchSampler(BatchRebalanceSampler):
-    """
-    Batches with an even number of packed tokens, for one rank. The batches of an epoch are a function of the seed and
-    of the epoch, and as many in every epoch, so that skipping the first of them resumes it.
+    """Batches with an even number of packed tokens, for one rank.
+
+    The batches of an epoch are a function of the seed and of the epoch, and as many in every epoch, so that skipping
+    the first of them resumes it. Every row is seen once per epoch. Where the last batches cannot have the same number
+    of rows on each rank, they are completed with up to world_size - 1 rows from the epoch's beginning, like
+    accelerate's, or left out (`drop_last`).
+
+    With `rows_per_batch`, each epoch is shuffled and cut into windows of `WINDOW` optimizer steps. A window is dealt
+    into steps, and a step into batches of nearly equal tokens. Which rows a step has depends on its number of rows
+    only, not on how they are split over ranks and accumulation. With `max_tokens`, a batch has as many rows as fit, the
+    same number on every rank. The batches are formed once, as TRL's packing forms its rows, and each epoch shuffles
+    them. A loss that is a mean over the batch (RM, DPO) then gives more weight to a row of a batch with fewer rows.
 
     A subclass of transformers' `BatchRebalanceSampler`, so that `Trainer._get_train_sampler` may return it in place
     of a sampler. That one counts padded tokens and gives the ranks different numbers of rows, which TRL's metrics
     cannot gather.
-
-    Every row is seen once an epoch. Where the last batches cannot have the same number of rows on each rank, they are
-    completed with up to world_size - 1 rows from the epoch's beginning, as accelerate does, or left out (`drop_last`).
-
-    With `rows_per_batch`, each epoch is shuffled and cut into windows of some optimizer steps; a window is dealt into
-    steps and a step into batches of nearly equal tokens. Which rows a step has depends on its number of rows only,
-    not on how they are split over ranks and accumulation. With `max_tokens`, a batch has as many rows as fit, the
-    same number on every rank; the batches are formed once, as TRL's packing forms its rows, and each epoch shuffles
-    them. A loss that is a mean over the batch (RM, DPO) then gives more weight to a row of a batch with fewer rows.
 
     Args:
         lengths: (rows,) packed tokens of each row or pair.
@@ -73,35 +77,31 @@ class TokenBatchSampler(BatchRebalanceSampler):
         max_tokens: the most packed tokens in a batch, in place of rows_per_batch.
         gradient_accumulation_steps: batches that a rank has in an optimizer step.
         seed, rank, world_size: the same seed on all ranks.
-        window: optimizer steps that are balanced with one another.
 
     Raises:
         ValueError: a row is longer than max_tokens.
     """
 
-    def __init__(
-        self,
-        lengths: np.ndarray,
-        rows_per_batch: int | None = None,
-        max_tokens: int | None = None,
-        gradient_accumulation_steps: int = 1,
-        seed: int = 0,
-        rank: int = 0,
-        world_size: int = 1,
-        drop_last: bool = False,
-        window: int = 16,
-    ):
-        assert (rows_per_batch is None) != (max_tokens is None)
-        if max_tokens is not None and lengths.max() > max_tokens:
+    lengths: np.ndarray
+    rows_per_batch: int | None = None
+    max_tokens: int | None = None
+    gradient_accumulation_steps: int = 1
+    seed: int = 0
+    rank: int = 0
+    world_size: int = 1
+    drop_last: bool = False
+    epoch: int = field(default=0, init=False)  # BatchRebalanceSampler.set_epoch
+    filled: list[np.ndarray] | None = field(default=None, init=False)
+
+    def __post_init__(self):
+        if self.max_tokens is None:
+            return
+        if (longest := self.lengths.max()) > self.max_tokens:
             raise ValueError(
-                f"max_tokens_per_batch is {max_tokens}, but the longest row has {lengths.max()} packed tokens. "
-                f"Set it to {lengths.max()} or more, or lower max_length."
+                f"max_tokens_per_batch is {self.max_tokens}, but the longest row has {longest} packed tokens. "
+                f"Set it to {longest} or more, or lower max_length."
             )
-        self.lengths, self.rows_per_batch, self.max_tokens = lengths, rows_per_batch, max_tokens
-        self.gradient_accumulation_steps, self.window = gradient_accumulation_steps, window
-        self.seed, self.rank, self.world_size, self.drop_last = seed, rank, world_size, drop_last
-        self.epoch = 0  # BatchRebalanceSampler.set_epoch
-        self.filled = None if max_tokens is None else self._fill(np.random.default_rng(seed))
+        self.filled = self._fill(np.random.default_rng(self.seed))
 
     def __len__(self) -> int:
         if self.filled is not None:
@@ -123,7 +123,8 @@ class TokenBatchSampler(BatchRebalanceSampler):
         order = generator.permutation(len(self.lengths))
         rows_of_ranks = self.rows_per_batch * self.world_size
         rows_of_step = rows_of_ranks * self.gradient_accumulation_steps
-        for window in np.split(order, range(self.window * rows_of_step, len(order), self.window * rows_of_step)):
+        rows_of_window = WINDOW * rows_of_step
+        for window in np.split(order, range(rows_of_window, len(order), rows_of_window)):
             whole = len(window) // rows_of_step * rows_of_step
             steps = generator.permutation(self._deal(window[:whole], whole // rows_of_step))
             for step in (*steps, window[whole:]):
@@ -135,7 +136,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
                     yield self._deal(completed, self.world_size)
 
     def _fill(self, generator: np.random.Generator) -> list[np.ndarray]:
-        """The batches of all ranks, (world_size, rows) each, none with more than max_tokens."""
+        """Return the batches of all ranks, (world_size, rows) each, none with more than max_tokens."""
         order = generator.permutation(len(self.lengths))
         if rest := len(order) % self.world_size:
             order = order[:-rest] if self.drop_last else np.append(order, np.resize(order, self.world_size - rest))
@@ -153,7 +154,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
         return filled
 
     def _deal(self, rows: np.ndarray, groups: int) -> np.ndarray:
-        """(groups, rows / groups): round by round, the longest row left goes to the group with the fewest tokens."""
+        """Return (groups, rows / groups): in each round, the longest row left goes to the group with fewest tokens."""
         longest_first = rows[np.argsort(-self.lengths[rows], kind="stable")]
         dealt = longest_first.reshape(len(rows) // max(groups, 1), groups)
         tokens = np.zeros(groups, dtype=np.int64)

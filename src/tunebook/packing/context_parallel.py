@@ -14,62 +14,31 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import recursively_apply
+from torch.distributed import ProcessGroup
+from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
 
 
-class _Gather(torch.autograd.Function):
-    """The tokens of all ranks, (tokens, ...) each, one rank after the other."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        gathered = x.new_empty(group.size() * len(x), *x.shape[1:])
-        dist.all_gather_single(gathered, x.contiguous(), group=group)
-        return gathered
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        own = grad.new_empty(len(grad) // ctx.group.size(), *grad.shape[1:])
-        dist.reduce_scatter_single(own, grad.contiguous(), group=ctx.group)
-        return own, None
-
-
-class _Sum(torch.autograd.Function):
-    """The sum over the ranks."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-        ctx.group = group
-        total = x.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=group)
-        return total
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor):
-        return _Sum.apply(grad, ctx.group), None
-
-
 @dataclass(frozen=True)
 class ContextGroup:
-    """
-    The ranks that share a packed row. Of 2C chunks of equal length, rank r of C has chunks r and 2C-1-r, so that each
-    has the same share of the causal attention; a document of its own fills the row up to a multiple of 2C tokens.
+    """The ranks that share a packed row.
+
+    Of 2C chunks of equal length, rank r of C has chunks r and 2C-1-r, and so the same share of the causal attention as
+    any other. A document of its own fills the row up to a multiple of 2C tokens.
 
     Args:
         head_stride: key and value heads that are gathered at a time; None for all.
     """
 
-    group: dist.ProcessGroup
+    group: ProcessGroup
     head_stride: int | None = None
 
     def split(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
-        """
-        This rank's part of a packed row.
+        """Return this rank's part of a packed row.
 
         Args:
             row: input_ids and position_ids (1, T), and the documents as `varlen_attention` takes them.
@@ -115,19 +84,25 @@ class ContextGroup:
         }
         return part, place[:tokens]
 
-    def gather(self, x: torch.Tensor) -> torch.Tensor:
-        """(C * tokens, ...), from every rank's (tokens, ...)."""
-        return _Gather.apply(x, self.group)
+    def take_share(
+        self, row: Mapping[str, Any], positions: torch.Tensor
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+        """Return this rank's part of a packed row, as the backbone's arguments; its part of the tokens at `positions`,
+        (N,), as positions in it; and which of them these are, (N,)."""
+        part, place = self.split(row)
+        counted = place if row.get("key_index") is None else place[row["key_index"]]
+        where, width = place[positions], part["input_ids"].shape[1]
+        mine = where // width == self.group.rank()
+        return {**row, **part, "counted": counted}, where[mine] % width, mine
 
-    def own(self, place: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Which places in the gathered tokens are this rank's, and where they are in its own `tokens`."""
-        mine = place // tokens == self.group.rank()
-        return mine, place[mine] % tokens
+    def gather(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the tokens of all ranks, one after the other, (C * tokens, ...), from each rank's (tokens, ...)."""
+        return collectives.wait_tensor(collectives.all_gather_single(x.contiguous(), 0, self.group))
 
     def combine(self, x: torch.Tensor, mine: torch.Tensor) -> torch.Tensor:
-        """(N, ...), from every rank's rows of it: `x` are those where `mine`, (N,), is true."""
+        """Return (N, ...), from every rank's rows of it: `x` are those where `mine`, (N,), is true."""
         rows = torch.zeros(len(mine), *x.shape[1:], device=x.device).index_put((mine,), x.float())
-        return _Sum.apply(rows, self.group).to(x.dtype)
+        return collectives.wait_tensor(collectives.all_reduce(rows, "sum", self.group)).to(x.dtype)
 
     def attend(
         self,
@@ -137,7 +112,7 @@ class ContextGroup:
         value: torch.Tensor,
         key_index: torch.Tensor,
     ) -> torch.Tensor:
-        """`attend` to the keys and values of all ranks; shapes as in `varlen_attention`."""
+        """Return what `attend` gives for the keys and values of all ranks; shapes as in `varlen_attention`."""
 
         def attend_to_all(query, *own) -> torch.Tensor:
             key, value = (self.gather(x[0].transpose(0, 1))[key_index].transpose(0, 1)[None] for x in own)

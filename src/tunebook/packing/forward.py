@@ -3,24 +3,37 @@
 The patched forward takes TRL's padded batch, runs the backbone over one packed row without the padding (and, where
 chosen and rejected share a prompt, with it once), scores the labelled positions and puts the results where TRL
 expects them.
+
+transformers' models pass keyword arguments that they do not know on, from the forward to the backbone, its layers and
+the attention function. Four of ours, besides the documents (`cu_seq_lens_q` and so on), travel that way:
+
+- `positions`, (N,): the tokens of the row that are scored. Set by the patched forward; read by the backbone's hook
+  `_select_positions`, which leaves only their hidden states.
+- `key_index`, (keys,): the tokens that are each document's keys. Set by `pack_rows` for a shared prefix, and by
+  `ContextGroup.split`; read by `varlen_attention`, and by the hook where there is no `counted`.
+- `context`: the ranks that share the row. Set by `ContextGroup.split`; read by `varlen_attention` and the hook.
+- `counted`, (keys,): the tokens of a row shared by ranks that the load-balancing loss counts, repetitions included. Set
+  by `ContextGroup.take_share`; read by the hook.
 """
 
 import functools
 import types
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-import trl.trainer.utils
 from accelerate.utils import is_peft_model
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import set_varlen_attention
 from .context_parallel import ContextGroup
-from .log_probs import LogProbs
+from .log_probs import head_for
 
 PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
@@ -28,8 +41,7 @@ PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "
 def pack_rows(
     input_ids: torch.Tensor, attention_mask: torch.Tensor, share_prefix: bool
 ) -> tuple[dict[str, torch.Tensor | int | None], torch.Tensor]:
-    """
-    Lay the rows of a padded batch, left or right padded, one after the other in a single row.
+    """Lay the rows of a padded batch, left or right padded, one after the other in a single row.
 
     With `share_prefix`, rows i and i + B/2 share the tokens that they start with: of the second row only what follows
     is laid down (its last token at least), and its keys begin with the first row's.
@@ -70,16 +82,43 @@ def pack_rows(
     return packed, torch.zeros_like(source).scatter(1, order, source * real)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a patched forward lays out a padded batch for the backbone, and finds the results again."""
+
+    packing: bool
+    share_prefix: bool
+    context: ContextGroup | None
+
+    def lay_out(
+        self, batch: dict[str, Any], scored: torch.Tensor
+    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | slice]:
+        """Return the backbone's arguments on this rank, the places of the scored tokens in them, and which of the
+        scored tokens these are.
+
+        Args:
+            batch: TRL's; a row that its collator has packed (`cu_seq_lens_q`) is left as it is.
+            scored: (N,), places in the flattened batch.
+        """
+        row, positions, mine = batch, scored, slice(None)
+        if self.packing and "cu_seq_lens_q" not in batch:
+            packed, source = pack_rows(batch["input_ids"], batch["attention_mask"], self.share_prefix)
+            row, positions = {**batch, "attention_mask": None, **packed}, source.flatten()[scored]
+        if self.context is not None:
+            row, positions, mine = self.context.take_share(row, positions)
+        return row, positions, mine
+
+    def combine(self, x: torch.Tensor, mine: torch.Tensor | slice) -> torch.Tensor:
+        """Return the results of all scored tokens, (N, ...), from this rank's."""
+        return x if self.context is None else self.context.combine(x, mine)
+
+
 def pack_causal_lm(
-    model: nn.Module,
-    packing: bool = True,
-    share_prefix: bool = False,
-    context: ContextGroup | None = None,
+    model: nn.Module, packing: bool = True, share_prefix: bool = False, context: ContextGroup | None = None
 ) -> None:
-    """
-    Patch the forward of a causal LM that `trl.trainer.utils.add_fused_lm_head` has patched: with `fused_lm_head=True`
-    it scores the labelled positions only, on every device, and returns what it returned before. All other calls
-    (generation, logits) are the model's own.
+    """Patch the forward of a causal LM that `trl.trainer.utils.add_fused_lm_head` has patched: with
+    `fused_lm_head=True` it scores the labelled positions only, on every device, and returns what it returned before.
+    All other calls (generation, logits) are the model's own.
 
     Args:
         model: a causal LM, or a PEFT model around one; policy or reference.
@@ -90,37 +129,34 @@ def pack_causal_lm(
     Raises:
         ValueError: the model or the settings do not allow it.
     """
+    causal_lm, layout = _unwrap(model), Layout(packing, share_prefix, context)
     if packing:
-        _set_packing(model, share_prefix, context)
-    model = model.get_base_model() if is_peft_model(model) else model
-    model.base_model.register_forward_hook(_select_positions, with_kwargs=True)
-    fused_forward = model.forward
+        _check_packing(model, layout)
+    fused_forward = causal_lm.forward
 
-    @functools.wraps(type(model).forward)  # generate() validates its arguments against the signature
     def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
         if not fused_lm_head or "shift_labels" in kwargs:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        label_mask = labels[:, 1:] != -100
-        source = torch.arange(labels.numel(), device=labels.device).view_as(labels)
-        if packing and "cu_seq_lens_q" not in kwargs:
-            packed, source = pack_rows(kwargs.pop("input_ids"), kwargs.pop("attention_mask"), share_prefix)
-            kwargs |= packed
-        targets, positions = labels[:, 1:][label_mask], source[:, :-1][label_mask]
-        if context is not None:
-            kwargs, positions, mine = _take_share(context, kwargs, positions)
-            targets = targets[mine]
-        output = fused_forward(*args, fused_lm_head=True, shift_labels=targets[None], positions=positions, **kwargs)
-        label_mask = label_mask.to(output.log_probs.device)
-        fields = {name: output[name] for name in PER_TOKEN_FIELDS if name in output}
-        if context is not None:
-            fields = {name: context.combine(x[0], mine) for name, x in fields.items()}
-            output.loss = None
-        # masked_scatter keeps a batch without labels connected to the model, as TRL does
-        fields = {name: x.new_zeros(label_mask.shape).masked_scatter(label_mask, x) for name, x in fields.items()}
-        return FusedCausalLMOutput(loss=output.loss, label_mask=label_mask, aux_loss=output.aux_loss, **fields)
+        return _score_labels(functools.partial(fused_forward, *args, fused_lm_head=True), layout, labels, kwargs)
 
-    model.forward = types.MethodType(forward, model)
-    trl.trainer.utils._ChunkedLogProbFunction = LogProbs
+    _replace_forward(causal_lm, forward, packing)
+
+
+def _score_labels(
+    fused_forward: Callable[..., FusedCausalLMOutput], layout: Layout, labels: torch.Tensor, batch: dict[str, Any]
+) -> FusedCausalLMOutput:
+    label_mask = labels[:, 1:] != -100
+    scored = F.pad(label_mask, (0, 1)).flatten().nonzero()[:, 0]
+    row, positions, mine = layout.lay_out(batch, scored)
+    targets = labels.flatten()[scored + 1][mine]
+    with head_for(labels.device):
+        output = fused_forward(shift_labels=targets[None], positions=positions, **row)
+    label_mask = label_mask.to(output.log_probs.device)
+    fields = {name: layout.combine(output[name][0], mine) for name in PER_TOKEN_FIELDS if name in output}
+    # masked_scatter keeps a batch without labels connected to the model, as TRL does
+    fields = {name: x.new_zeros(label_mask.shape).masked_scatter(label_mask, x) for name, x in fields.items()}
+    loss = output.loss if layout.context is None else None
+    return FusedCausalLMOutput(loss=loss, label_mask=label_mask, aux_loss=output.aux_loss, **fields)
 
 
 @dataclass
@@ -133,95 +169,75 @@ class RewardOutput(SequenceClassifierOutputWithPast):
 def pack_reward_model(
     model: nn.Module, packing: bool = True, share_prefix: bool = False, context: ContextGroup | None = None
 ) -> None:
-    """
-    Patch the forward of a sequence classifier: it reads the reward at the last token of each row by the attention
+    """Patch the forward of a sequence classifier: it reads the reward at the last token of each row by the attention
     mask, whatever the pad token is, with the model's head, whatever its name, and returns a `RewardOutput`.
 
     Args:
-        model: a sequence classifier, or a PEFT model around one.
-        packing: drop the padding.
-        share_prefix: the batch is pairs, chosen first; see `pack_rows`.
-        context: with packing, the ranks that share each row.
+        model: a sequence classifier, or a PEFT model around one. For the others see `pack_causal_lm`.
 
     Raises:
         ValueError: the model or the settings do not allow it.
     """
-    classifier = model.get_base_model() if is_peft_model(model) else model
+    classifier, layout = _unwrap(model), Layout(packing, share_prefix, context)
     heads = [name for name, module in classifier.named_children() if module is not classifier.base_model]
     if len(heads) != 1:
         raise ValueError(
-            f"{type(classifier).__name__} is no causal model with one head ({', '.join(heads)}), whose reward is read "
-            "at the last token. Take a decoder."
+            f"{type(classifier).__name__} is not a causal model with one head ({', '.join(heads)}), whose reward is "
+            "read at the last token. Take a decoder."
         )
     if packing:
-        _set_packing(model, share_prefix, context)
-    classifier.base_model.register_forward_hook(_select_positions, with_kwargs=True)
+        _check_packing(model, layout)
 
-    @functools.wraps(type(classifier).forward)
     def forward(self, input_ids, attention_mask=None, **kwargs):
-        attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        last = (attention_mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
-        if packing:
-            packed, source = pack_rows(input_ids, attention_mask, share_prefix)
-            kwargs |= packed
-        else:
-            source = torch.arange(input_ids.numel(), device=input_ids.device).view_as(input_ids)
-            kwargs |= {"input_ids": input_ids, "attention_mask": attention_mask}
-        positions = source.gather(1, last[:, None])[:, 0]
-        if context is not None:
-            kwargs, positions, mine = _take_share(context, kwargs, positions)
-        outputs = self.base_model(positions=positions, **kwargs)
-        hidden = outputs.last_hidden_state[0]
-        if context is not None:
-            hidden = context.combine(hidden, mine)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        last = (mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
+        scored = last + input_ids.shape[1] * torch.arange(len(last), device=last.device)
+        row, positions, mine = layout.lay_out({"input_ids": input_ids, "attention_mask": mask, **kwargs}, scored)
+        outputs = self.base_model(positions=positions, **row)
+        hidden = layout.combine(outputs.last_hidden_state[0], mine)
         aux_loss = None
         if kwargs.get("output_router_logits"):
-            config = self.config
-            aux_loss = load_balancing_loss_func(
-                outputs.router_logits, config.num_experts, config.num_experts_per_tok, kwargs.get("attention_mask")
-            )
+            experts, per_token = self.config.num_experts, self.config.num_experts_per_tok
+            aux_loss = load_balancing_loss_func(outputs.router_logits, experts, per_token, row["attention_mask"])
         # The head is looked up on each call: PEFT and FSDP replace it
-        logits = self.get_submodule(heads[0])(hidden)
-        return RewardOutput(logits=logits, aux_loss=aux_loss)
+        return RewardOutput(logits=self.get_submodule(heads[0])(hidden), aux_loss=aux_loss)
 
-    classifier.forward = types.MethodType(forward, classifier)
-
-
-def _take_share(context: ContextGroup, row: dict, positions: torch.Tensor) -> tuple[dict, torch.Tensor, torch.Tensor]:
-    """The backbone's arguments for this rank's part of a row; its part of `positions`, and which of them these are."""
-    part, place = context.split(row)
-    counted = place if row.get("key_index") is None else place[row["key_index"]]
-    mine, positions = context.own(place[positions], part["input_ids"].shape[1])
-    return {**row, **part, "counted": counted}, positions, mine
+    _replace_forward(classifier, forward, packing)
 
 
-def _set_packing(model: nn.Module, share_prefix: bool, context: ContextGroup | None) -> None:
+def _unwrap(model: nn.Module) -> PreTrainedModel:
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _replace_forward(model: PreTrainedModel, forward: Callable, packing: bool) -> None:
+    """Give `model` a forward, and its backbone the hooks that this relies on in place of those of an earlier call."""
+    for handle in vars(model).pop("packing_hooks", ()):
+        handle.remove()
+    hooks = [set_varlen_attention(model)] if packing else []
+    model.packing_hooks = [*hooks, model.base_model.register_forward_hook(_select_positions, with_kwargs=True)]
+    # A bound method, as accelerate wraps these; with the model's signature, as generate() checks its arguments by it
+    model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
+
+
+def _check_packing(model: nn.Module, layout: Layout) -> None:
     if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"packing: {type(model.active_peft_config).__name__} puts virtual tokens before each row of a batch, and "
             "packing makes one row of them. Set packing: false."
         )
-    base_model = model.get_base_model() if is_peft_model(model) else model
-    if base_model.config.get_text_config() is not base_model.config:
-        raise ValueError(
-            f"packing: {type(base_model).__name__} takes more than text, which packing would misplace. "
-            "Set packing: false."
-        )
-    rope = base_model.config.to_dict().get("rope_parameters") or {}  # of the model, or by type of layer
+    rope = _unwrap(model).config.to_dict().get("rope_parameters") or {}  # of the model, or by type of layer
     rope_types = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
-    if context is not None and rope_types & {"dynamic", "longrope"}:
+    if layout.context is not None and rope_types & {"dynamic", "longrope"}:
         raise ValueError(
-            f"context_parallel_size: {type(base_model).__name__} has rotary embeddings that depend on the longest "
+            f"context_parallel_size: {type(_unwrap(model)).__name__} has rotary embeddings that depend on the longest "
             "document (dynamic, longrope), of which a process sees a part. Set context_parallel_size: 1."
         )
-    if share_prefix:
-        for name, module in model.named_modules():
-            if isinstance(module, nn.Dropout) and module.p:
-                raise ValueError(
-                    f"share_prefix: {name} has a dropout of {module.p}, and chosen and rejected would share what it "
-                    "drops in their prefix. Set disable_dropout: true, or share_prefix: false."
-                )
-    set_varlen_attention(base_model)
+    for name, module in model.named_modules():
+        if layout.share_prefix and isinstance(module, nn.Dropout) and module.p:
+            raise ValueError(
+                f"share_prefix: {name} has a dropout of {module.p}, and chosen and rejected would share what it drops "
+                "in their prefix. Set disable_dropout: true, or share_prefix: false."
+            )
 
 
 def _select_positions(backbone: nn.Module, args: tuple, kwargs: dict, outputs):

@@ -1,36 +1,43 @@
 """Log-probabilities of labelled tokens from hidden states, on a CPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+import trl.trainer.utils
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
 
 
+@contextmanager
+def head_for(device: torch.device) -> Iterator[None]:
+    """Let `add_fused_lm_head` compute with [`LogProbs`] inside, if `device` is a CPU."""
+    # PATCH(trl<1.17): on a CPU, TRL's function makes a dozen passes over the logits, and computes them twice.
+    # add_fused_lm_head (trl/trainer/utils.py:1644) has no argument for another. Delete when either has changed.
+    trl.trainer.utils._ChunkedLogProbFunction = LogProbs if device.type == "cpu" else ChunkedLogProbFunction
+    try:
+        yield
+    finally:
+        trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
+
+
 class LogProbs:
-    """
-    Takes the place of TRL's `ChunkedLogProbFunction` in `add_fused_lm_head`, which has no argument for it (TRL 1.16).
-    On a CPU TRL's makes a dozen passes over the logits, and computes them twice. Delete this when it no longer does.
-    """
+    """Takes the arguments of TRL's `ChunkedLogProbFunction`, which computes what the other class here cannot."""
 
     @staticmethod
-    def apply(hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs):
-        if (
-            hidden.device.type == "cpu"
-            and hidden.dtype == torch.float32 == weight.dtype
-            and not (final_logit_softcapping or bias is not None or torch.is_autocast_enabled("cpu"))
-        ):
-            # needs_input_grad is true of a parameter under no_grad, too, and the logits would be kept for nothing
-            weight = weight if torch.is_grad_enabled() else weight.detach()
-            return _LinearLogProbs.apply(hidden * (logit_scale / temperature), weight, targets, outputs)
-        return ChunkedLogProbFunction.apply(
-            hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, outputs
-        )
+    def apply(*arguments):
+        hidden, weight, bias, targets, temperature, _, softcap, logit_scale, outputs = arguments
+        half = torch.is_autocast_enabled("cpu") or not hidden.dtype == torch.float32 == weight.dtype
+        if half or bias is not None or softcap:
+            return ChunkedLogProbFunction.apply(*arguments)
+        # needs_input_grad is true of a parameter under no_grad, too, and the logits would be kept for nothing
+        weight = weight if torch.is_grad_enabled() else weight.detach()
+        return _LinearLogProbs.apply(hidden * (logit_scale / temperature), weight, targets, outputs)
 
 
 class _LinearLogProbs(torch.autograd.Function):
-    """
-    The fields of `FusedCausalLMOutput` for the logits `hidden @ weight.T`, (N, H) and (V, H). It makes the three
-    products that forward and backward need, and two passes over the logits, which become the probabilities p in
-    place:
+    """The fields of `FusedCausalLMOutput` for the logits `hidden @ weight.T`, (N, H) and (V, H). It makes the three
+    products that forward and backward need, and two passes over the logits, which become the probabilities p in place:
 
         d log p[target] / d hidden = weight[target] - p @ weight
         entropy = log Z - p @ logits = log Z - (p @ weight) * hidden        (without gradient)

@@ -1,5 +1,5 @@
-"""`activation_checkpointing_kwargs: {selective: true}`: a layer keeps what is dear to compute again, and recomputes the
-rest in the backward pass. TRL 1.16 has the key for SFT, where only the output of attention is kept."""
+"""`activation_checkpointing_kwargs: {selective: true}`: a layer keeps what is expensive to compute again and recomputes
+the rest in the backward pass. TRL 1.16 has the key for SFT, where only the output of attention is kept."""
 
 from functools import partial
 from typing import Any
@@ -14,9 +14,9 @@ WEIGHT_ARGUMENT = {"aten.mm.default": 1, "aten.addmm.default": 2, "aten._grouped
 
 
 def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
-    """Attention is kept, as in TRL, and of the matrix products, which torchtitan keeps, those that are wider than their
-    input: gate and up, half of a Llama's layer. Down, the last, is never asked for again; the rest is a quarter. LoRA's
-    B, more than eight times as wide as its input, is cheap for its size."""
+    """Keep attention, like TRL, and the widening projections (gate, up): half of a Llama layer's FLOPs. The output of
+    the down projection is not needed in the backward pass; q, k, v and o, a quarter, are recomputed. LoRA's B is
+    excluded: its output, more than eight times as wide as its input, is large for little compute."""
     name = str(op)
     if name in WEIGHT_ARGUMENT:
         inputs, outputs = args[WEIGHT_ARGUMENT[name]].shape[-2:]
@@ -27,13 +27,15 @@ def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
 
 
 def accept_selective(model: PreTrainedModel) -> None:
-    """Let `selective` be among the keywords that checkpointing of `model` is enabled with, whoever enables it: the
-    trainer, or what has disabled it to generate or to score with the reference. These enable it again with the recipe's
-    keywords as they are, while transformers 5.23 knows `every_n_layers` and `offload` only where its trainer does.
+    """Accept `selective` among the keywords that checkpointing of `model` is enabled with, whoever enables it: the
+    trainer, or what disabled it to generate or to score with the reference.
 
     Raises:
         RecipeError: when it is enabled, for `selective` with `use_reentrant`, and for `offload` on a CPU.
     """
+    # PATCH(transformers<5.24): whoever enables it again does so with the recipe's keywords as they are, but only the
+    # Trainer knows `every_n_layers` and `offload`. Waits for transformers/modeling_utils.py,
+    # _activation_checkpointing_enable. Delete when gradient_checkpointing_enable takes all keywords and a policy.
     enable = model._activation_checkpointing_enable
 
     def enable_selective(options: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False) -> None:
@@ -42,13 +44,13 @@ def accept_selective(model: PreTrainedModel) -> None:
         if offload and not torch.accelerator.is_available():
             raise RecipeError(
                 "`activation_checkpointing_kwargs`: offload moves activations from an accelerator to the CPU, and "
-                "there is no accelerator. Leave it out."
+                "there is no accelerator. Remove offload."
             )
         if options.pop("selective", False):
             if options["use_reentrant"]:
                 raise RecipeError(
                     "`activation_checkpointing_kwargs`: selective needs use_reentrant: false, but it is true (under "
-                    "ZeRO-3 with LoRA, always). Leave out one of them."
+                    "ZeRO-3 with LoRA, always). Remove one of them."
                 )
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
         enable(options, every_n_layers, offload)

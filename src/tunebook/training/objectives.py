@@ -28,16 +28,15 @@ def reward_loss(
 
 @dataclass(frozen=True)
 class DPOObjective:
-    """What TRL's DPO loss is called with, and the terms that are added to it.
+    """The arguments of TRL's DPO loss, and the terms that are added to it.
 
+    delta is the log-ratio of policy and reference summed over the chosen tokens, less the same for the rejected ones.
     cDPO (https://ericmitchell.ai/cdpo.pdf), `label_smoothing` e with sigmoid: -(1-e) logsigmoid(x) - e logsigmoid(-x),
     x = beta * delta. TRL's `robust` loss with the label smoothing -e/(1-2e) is the same function.
     IPO on sums (https://arxiv.org/abs/2310.12036, eq. 17), `ipo_reduction: sum`: (delta - 1/(2 beta))^2, where TRL
     divides each side's log-ratio by its number of tokens.
     `nll_loss_coef` * the negative log-likelihood of the chosen side, mean over its tokens, then over the pairs
     (Llama 3, https://arxiv.org/abs/2407.21783, section 4.1.4).
-
-    delta is the log-ratio of policy and reference summed over the chosen tokens, less the same for the rejected ones.
     """
 
     loss_types: list[str]

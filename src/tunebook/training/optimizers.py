@@ -36,11 +36,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
 
 def hidden_matrices(model: PreTrainedModel | PeftModel) -> set[torch.nn.Parameter]:
-    """Weights that Muon trains: those of the backbone's linear layers that are trained as a whole.
+    """Return the weights that Muon trains: those of the backbone's linear layers that are trained as a whole.
 
-    Embeddings are no linear layers, LM heads and reward heads no part of the backbone. LoRA's matrices are factors of
+    Embeddings are not linear layers; LM heads and reward heads are not in the backbone. LoRA's matrices are factors of
     an update, not weights. Routers of a mixture of experts choose classes, as a head does; like stacked experts they
-    are no linear layers in transformers 5 (AFMoE's router is one, and goes to Muon).
+    are not linear layers in transformers 5 (AFMoE's router is one, and goes to Muon).
     """
     backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
     return {
@@ -53,8 +53,10 @@ def hidden_matrices(model: PreTrainedModel | PeftModel) -> set[torch.nn.Paramete
 def build_muon(
     model: PreTrainedModel | PeftModel, args: TrainingArguments, decayed: list[str]
 ) -> torch.optim.Optimizer:
-    """The optimizer of `model`; under DeepSpeed its own Muon, since ZeRO's shards are no matrices. `decayed`: names of
-    the parameters with `weight_decay`, as the Trainer has them.
+    """Return the optimizer of `model`. Under DeepSpeed it is DeepSpeed's own, since ZeRO's shards are not matrices.
+
+    Args:
+        decayed: names of the parameters with `weight_decay`, as the Trainer has them.
 
     Raises:
         ValueError: when there is nothing for Muon to train.
@@ -62,24 +64,16 @@ def build_muon(
     hidden = hidden_matrices(model)
     if not hidden:
         raise ValueError(
-            "`optim: muon` has nothing to train: no linear layer of the model's body is trained as a whole. Take "
-            "another optimizer."
+            "`optim: muon` has nothing to train: no linear layer of the model's body is trained as a whole. Set "
+            "another `optim`."
         )
     learning_rate, weight_decay = args.muon_learning_rate, args.muon_weight_decay
     if learning_rate is None:
         learning_rate = args.learning_rate * 0.2 * math.sqrt(model.config.get_text_config().hidden_size)
-    muon = {
-        "use_muon": True,
-        "lr": learning_rate,
-        "momentum": args.muon_momentum,
-        "weight_decay": args.weight_decay if weight_decay is None else weight_decay,
-    }
-    adamw = {
-        "use_muon": False,
-        "lr": args.learning_rate,
-        "betas": (args.adam_beta1, args.adam_beta2),
-        "eps": args.adam_epsilon,
-    }
+    weight_decay = args.weight_decay if weight_decay is None else weight_decay
+    muon = {"use_muon": True, "lr": learning_rate, "momentum": args.muon_momentum, "weight_decay": weight_decay}
+    betas = (args.adam_beta1, args.adam_beta2)
+    adamw = {"use_muon": False, "lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rest = {name: p for name, p in trained.items() if p not in hidden}
     groups = [
@@ -104,18 +98,15 @@ def build_muon(
 
 
 def log_groups(groups: list[dict[str, Any]], max_grad_norm: float) -> None:
-    """How many parameters and which learning rate each side got, and what may surprise."""
-    shapes = [[parameter_shape(p) for p in group["params"]] for group in groups]
-    sizes = [sum(map(math.prod, group)) for group in shapes]
+    """Log how many parameters each side got and their learning rate, and warn of what may surprise."""
+    # ZeRO-3 leaves an empty parameter in the place of each
+    shapes = [[getattr(p, "ds_shape", p.shape) for p in group["params"]] for group in groups]
+    adamw, muon = sum(map(math.prod, sum(shapes[:-1], []))), sum(map(math.prod, shapes[-1]))
     logger.info(
         "Muon trains %s parameters in %d matrices (learning rate %.3g), AdamW %s (%.3g).",
-        f"{sizes[-1]:,}",
-        len(shapes[-1]),
-        groups[-1]["lr"],
-        f"{sum(sizes[:-1]):,}",
-        groups[0]["lr"],
+        *(f"{muon:,}", len(shapes[-1]), groups[-1]["lr"], f"{adamw:,}", groups[0]["lr"]),
     )
-    stacked = sum(math.prod(shape) for group in shapes[:-1] for shape in group if len(shape) > 2)
+    stacked = sum(math.prod(shape) for shape in sum(shapes[:-1], []) if len(shape) > 2)
     if stacked:
         logger.warning("%s parameters of AdamW's are stacked experts: Muon takes single matrices.", f"{stacked:,}")
     if max_grad_norm:
@@ -124,11 +115,6 @@ def log_groups(groups: list[dict[str, Any]], max_grad_norm: float) -> None:
             "large one. It limits the rest.",
             max_grad_norm,
         )
-
-
-def parameter_shape(parameter: torch.nn.Parameter) -> torch.Size:
-    """Its shape in the layer; ZeRO-3 leaves an empty parameter in its place."""
-    return parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape
 
 
 class MuonMixin:

@@ -1,5 +1,5 @@
-"""What one sees while it trains: a line with loss, speed, time left and the next checkpoint; tokens a second and, on a
-GPU whose peak is known, model FLOPs utilization (MFU) in every log."""
+"""What one sees while it trains: a line with loss, speed, time left and the next checkpoint. Every log has tokens/s
+and, on a GPU whose peak is known, model FLOPs utilization (MFU)."""
 
 import logging
 import math
@@ -24,12 +24,10 @@ from ..packing.batches import pair_lengths
 
 logger = logging.getLogger(__name__)
 
-# ---- The line ------------------------------------------------------------------------------------------------------
-
 
 class Progress(ProgressCallback):
-    """A live line on a terminal; elsewhere, or with `disable_tqdm`, a plain line at each logging step. Evaluations are
-    a line of their own. On rank 0."""
+    """Show a live line on a terminal; elsewhere, or with `disable_tqdm`, a plain line at each logging step. Evaluations
+    are a line of their own. On rank 0."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -48,25 +46,24 @@ class Progress(ProgressCallback):
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_log(self, args, state, control, logs, **kwargs):
-        if not state.is_world_process_zero:
-            return
         place = f"step {state.global_step}/{state.max_steps}"
         evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
+        if not state.is_world_process_zero:
+            return
         if evaluation:
             shown = (f"{name} {value:.4g}" for name, value in evaluation.items() if name not in COUNTERS)
-            self.say(f"{place}  evaluation: {', '.join(shown)}")
+            self.write(f"{place}  evaluation: {', '.join(shown)}")
         elif "loss" in logs and self.training_bar is not None:
             speed = [f"loss {logs['loss']:.4g}", f"{logs['tokens_per_second']:,.0f} tokens/s"]
             speed += [f"MFU {logs['mfu']:.1%}"] if "mfu" in logs else []
-            checkpoint = next_checkpoint(args, state)
             if self.training_bar.disable:
                 seconds = (time.monotonic() - self.start) / max(state.global_step - self.first_step, 1)
                 left = tqdm.format_interval(seconds * (state.max_steps - state.global_step))
-                self.say("  ".join([place, *speed, f"{left} left", *checkpoint]))
+                self.write("  ".join([place, *speed, f"{left} left", *next_checkpoint(args, state)]))
             else:
-                self.training_bar.set_postfix_str("  ".join([*speed, *checkpoint]))
+                self.training_bar.set_postfix_str("  ".join([*speed, *next_checkpoint(args, state)]))
 
-    def say(self, line: str) -> None:
+    def write(self, line: str) -> None:
         if self.training_bar is None or self.training_bar.disable:
             logger.info(line)
         else:
@@ -74,32 +71,26 @@ class Progress(ProgressCallback):
 
 
 def next_checkpoint(args, state) -> list[str]:
-    """When the next checkpoint is saved, to be said; empty where that is not known or there is none."""
+    """Return when the next checkpoint is saved, in words; nothing where that is not known or there is none."""
     if args.save_strategy == "steps":
         step = math.ceil(state.global_step / state.save_steps) * state.save_steps
         return [f"checkpoint at {min(step, state.max_steps)}"]
-    if args.save_strategy == "epoch":
-        return [f"checkpoint after epoch {math.ceil(state.epoch)}"]
-    return []
+    return [f"checkpoint after epoch {math.ceil(state.epoch)}"] if args.save_strategy == "epoch" else []
 
 
 def show_progress(trainer: Trainer) -> None:
-    """Put our line in the place of transformers', which prints each log as a dict."""
+    """Replace transformers' line, which prints each log as a dict, by ours."""
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(Progress())
 
 
-# ---- The speed -----------------------------------------------------------------------------------------------------
-
-
 class ThroughputMixin:
-    """Mixin before a TRL trainer that logs `tokens_per_second`, over all devices, counting both sides of a pair, and on
-    CUDA `mfu`. The time of evaluations and saves is not counted."""
+    """Mixin before [`RunMixin`] that logs `tokens_per_second`, over all devices, counting both sides of a pair, and on
+    CUDA `mfu`, a share. The time of evaluations and saves is not counted."""
 
     since: float | None = None  # start of what the next log measures, later by the pauses in it
     counted = 0  # tokens before that
-    shares_prefix = False
     reference_passes = 0  # of a model of the same size, per step
 
     def training_step(self, *args, **kwargs):
@@ -134,7 +125,7 @@ class ThroughputMixin:
 
     @cached_property
     def flops_per_token(self) -> float | None:
-        """None, said once, where there is no MFU."""
+        """FLOPs of a trained token; None, with one line in the log, where there is no MFU."""
         if not torch.cuda.is_available():
             return None
         if peak_flops() is None:
@@ -149,12 +140,12 @@ class ThroughputMixin:
 
 
 def peak_flops() -> float | None:
-    """Return the FLOP/s of this GPU's dense bf16 matrix products; None where TRL does not know them."""
+    """Return the FLOP/s of this GPU's dense bf16 matrix products; None where TRL does not know the GPU."""
     return get_peak_flops(torch.cuda.get_device_name(), "bfloat16")
 
 
 def token_lengths(dataset: Dataset, max_length: int | None, shares_prefix: bool) -> tuple[float, float]:
-    """Of a token, the mean length of the row that it is in; and the share of tokens that are run."""
+    """Return the length of the row that a token is in, averaged over tokens, and the share of tokens that are run."""
     if "chosen_ids" in dataset.column_names:
         tokens, saved = pair_lengths(dataset, max_length)
         lengths, share = tokens / 2, 1 - shares_prefix * saved.sum() / tokens.sum()
@@ -167,22 +158,22 @@ def token_lengths(dataset: Dataset, max_length: int | None, shares_prefix: bool)
 
 
 def model_flops(model: torch.nn.Module, length: float, reference_passes: int = 0) -> float:
-    """FLOPs that a trained token takes; 6N + 12LHQT in full training (PaLM, appendix B, https://arxiv.org/abs/2204.02311).
+    """Return the FLOPs of a trained token: 6N + 12LHQT in full training (PaLM, appendix B,
+    https://arxiv.org/abs/2204.02311), for N parameters, L layers of H heads of size Q, and rows of T tokens.
 
-    Forward 2N and 4LHQT for attention, which is counted without its causal mask; as much for the gradients of the
-    activations (attention twice that), and 2 for each parameter that is trained: about 4N with LoRA. N is of matrix
-    products: an untied embedding is a look-up. Activations that are computed again, and positions without a label that
-    the LM head does not score, make no difference, as is usual.
+    The forward takes 2N, and 4LHQT for attention, which is counted without its causal mask. The gradients of the
+    activations take as much (attention twice that), and those of the weights 2 per trained parameter, so that LoRA
+    takes about 4N. An untied embedding is a look-up and not in N. As usual, neither recomputed activations nor
+    unlabelled positions, which the LM head skips, change the count.
 
     Args:
-        length: T, tokens of the row.
-        reference_passes: forward passes of a reference model of the same size: 1 in DPO, 8N.
+        length: T.
+        reference_passes: forward passes of a reference model of the same size: 1 in DPO, which takes 8N.
     """
     adapted = isinstance(model, PeftModel)
+    trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
     if adapted:  # counts quantized weights right
         trained, total = model.get_nb_trainable_parameters()
-    else:
-        trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
     embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
         looked_up = get_model_param_count(embeddings)

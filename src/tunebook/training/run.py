@@ -31,7 +31,7 @@ from ..recipe import Recipe
 from ..recipe.configs import CausalLMConfig, count_groups, has_fast_bf16
 from .models import check_model
 from .progress import show_progress
-from .trainers import RunMixin
+from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
 
@@ -40,20 +40,14 @@ VERSIONS = ("torch", "transformers", "trl", "accelerate", "peft", "datasets")
 
 @dataclass
 class Run:
-    """What [`prepare`] settled.
-
-    Attributes:
-        checkpoint: the one to resume from.
-        record: what the run is made of, for the checkpoints' manifests.
-        prompts: of `eval_prompts`.
-    """
+    """What [`prepare`] settled."""
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
     data: Data
-    checkpoint: Path | None
-    record: dict[str, Any]
-    prompts: Sequence[Prompt]
+    checkpoint: Path | None  # to resume from
+    record: dict[str, Any]  # what the run is made of, for the checkpoints' manifests
+    prompts: Sequence[Prompt]  # of `eval_prompts`
 
 
 def prepare(recipe: Recipe) -> Run:
@@ -77,8 +71,7 @@ def prepare(recipe: Recipe) -> Run:
     tokenizer, data = load_recipe_data(recipe)
     record = make_record(recipe, data)
     if checkpoint is not None:
-        deepspeed = args.deepspeed_plugin is not None
-        checkpoints.check_resume(checkpoint, record, args.force_resume, deepspeed)
+        checkpoints.check_resume(checkpoint, record, args.force_resume, deepspeed=args.deepspeed_plugin is not None)
         record["resumed_from"] = [*checkpoints.read_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
         logger.info("Resuming from %s (resume_from_checkpoint: %s).", checkpoint, args.resume_from_checkpoint)
     if PartialState().is_main_process:
@@ -132,43 +125,31 @@ def set_up_logging(args: TrainingArguments) -> None:
 
 def log_resolved(recipe: Recipe) -> None:
     """Log what the recipe left open, and what it became."""
-    args, model_args, given = recipe.training, recipe.model, recipe.given
-    origin = "recipe" if "bf16" in given or "fp16" in given else "default"
-    if args.use_cpu and not has_fast_bf16():
-        if args.bf16:
-            logger.warning(
-                "bf16: true on a CPU without bf16 instructions: ~80x slower than float32 (1.6 against 136 GFLOP/s)."
-            )
-        elif origin == "default":
-            origin = "this CPU has no bf16 instructions"
+    args, model_args = recipe.training, recipe.model
+    slow = args.use_cpu and not has_fast_bf16()
+    if slow and args.bf16:
+        logger.warning(
+            "bf16: true on a CPU without bf16 instructions: ~80x slower than float32 (1.6, not 136 GFLOP/s)."
+        )
+    origin = "this CPU has no bf16 instructions" if slow and not args.bf16 else "default"
+    origin = "recipe" if recipe.given.keys() & {"bf16", "fp16"} else origin
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "float32"
     logger.info("Precision: %s (%s), weights in %s.", precision, origin, model_args.dtype)
     if args.packing and model_args.attn_implementation is not None:
-        logger.warning(
-            "attn_implementation: %s is not used with packing, which takes flash-attn where it is installed.",
-            model_args.attn_implementation,
-        )
+        message = "attn_implementation: %s is ignored: with packing, flash-attn is used where it is installed."
+        logger.warning(message, model_args.attn_implementation)
+    rows = args.per_device_train_batch_size
+    batch = f"{rows * args.data_parallel_size * args.gradient_accumulation_steps} rows per step = {rows}"
     if recipe.task != "sft" and args.max_tokens_per_batch:
-        logger.info(
-            "Batch: up to %s packed tokens per device x %d processes x %d accumulated.",
-            f"{args.max_tokens_per_batch:,}",
-            args.world_size,
-            args.gradient_accumulation_steps,
-        )
-        return
-    logger.info(
-        "Batch: %d rows per step = %d per device x %d processes x %d accumulated%s.",
-        args.per_device_train_batch_size * args.data_parallel_size * args.gradient_accumulation_steps,
-        args.per_device_train_batch_size,
-        args.world_size,
-        args.gradient_accumulation_steps,
-        f" / {args.context_parallel_size} that share a row" if args.context_parallel_size > 1 else "",
-    )
+        batch = f"up to {args.max_tokens_per_batch:,} packed tokens"
+    sharing = f" / {args.context_parallel_size} that share a row" if args.context_parallel_size > 1 else ""
+    steps = args.gradient_accumulation_steps
+    logger.info("Batch: %s per device x %d processes x %d accumulated%s.", batch, args.world_size, steps, sharing)
 
 
 def keep_freed_memory() -> None:
-    """On a CPU, glibc returns large blocks to the kernel when they are freed, and each step waits for their pages to be
-    mapped and cleared again: 4% to 8% of its time. Keep them instead (mallopt(3))."""
+    """Keep large blocks of memory when they are freed (mallopt(3)). glibc returns them to the kernel, and on a CPU each
+    step waits for their pages to be mapped and cleared again: 4% to 8% of its time."""
     if platform.libc_ver()[0] == "glibc":
         libc, trim_threshold, mmap_max = ctypes.CDLL(None), -1, -4  # M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
         libc.mallopt(trim_threshold, -1)

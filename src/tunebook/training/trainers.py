@@ -1,7 +1,7 @@
-"""TRL's trainers, on rows that are tokenized already, with exact resume, and with the objectives that TRL lacks."""
+"""TRL's trainers, on rows that are tokenized already, with exact resume and the objectives that TRL lacks."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,133 +13,24 @@ import pandas as pd
 import torch
 import trl
 from datasets import Dataset
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from .. import checkpoints
 from ..environment import launched_sharding
-from ..errors import RecipeError, user_errors
-from ..files import write_yaml
+from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
 from ..packing import pack_causal_lm, pack_reward_model
 from ..packing.batches import TokenBatchSampler, decides_sharing, pair_lengths
-from ..packing.context_parallel import ContextParallelMixin
 from .models import rename_head
 from .objectives import DPOObjective, reward_loss
-from .optimizers import MuonMixin
 from .progress import ThroughputMixin
+from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
 
 
-class RunMixin(MuonMixin, ContextParallelMixin):
-    """Mixin before a TRL trainer that saves complete checkpoints only, and resumes at the sample where they stopped.
-
-    Args:
-        record: what the run is made of, for the checkpoints' manifests: model, data, seed, recipe.
-    """
-
-    def __init__(self, *args, record: Mapping[str, Any], **kwargs):
-        self.record = record
-        super().__init__(*args, **kwargs)
-        # TRL 1.16 settles checkpointing under the names that transformers 5 reads no more: use_reentrant (ZeRO-3 with
-        # LoRA), and for SFT a selective of its own, which would take the place of ours
-        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
-        vars(self.model).pop("gradient_checkpointing_enable", None)
-
-    @property
-    def global_batch_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
-
-    def _save_checkpoint(self, model, trial) -> None:
-        output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with checkpoints.saving(name, output_dir):
-            if self.args.should_save:
-                checkpoints.begin(output_dir / name)
-            self.accelerator.wait_for_everyone()
-            # the limit is ours to apply, once the new checkpoint is whole
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self.args.save_total_limit = limit
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
-                progress = {
-                    "epoch": epoch,
-                    "samples_in_epoch": step * self.global_batch_size,
-                    "consumed_samples": self.state.global_step * self.global_batch_size,
-                    "global_batch_size": self.global_batch_size,
-                    "world_size": self.args.world_size,
-                    "share_prefix": self.shares_prefix,
-                }
-                checkpoints.write_manifest(output_dir / name, {**self.record, **progress})
-                checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
-            self.accelerator.wait_for_everyone()
-
-    def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-    ) -> tuple[int, int]:
-        """transformers goes on at the step's number. With another global batch size that is another sample: the step is
-        counted anew from the samples."""
-        self.steps_per_epoch = num_update_steps_per_epoch
-        position = super()._init_training_state(
-            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
-        )
-        if resume_from_checkpoint is None:
-            return position
-        manifest = checkpoints.read_manifest(Path(resume_from_checkpoint))
-        if manifest["global_batch_size"] == self.global_batch_size:
-            return position
-        steps, rest = divmod(manifest["samples_in_epoch"], self.global_batch_size)
-        if rest:
-            raise RecipeError(
-                f"{resume_from_checkpoint} stopped after {manifest['samples_in_epoch']} samples of the epoch, which is "
-                f"not a multiple of the new global batch size {self.global_batch_size}. Set global_batch_size: "
-                f"{manifest['global_batch_size']}, or a divisor of {manifest['samples_in_epoch']}."
-            )
-        self.state.global_step = manifest["epoch"] * num_update_steps_per_epoch + steps
-        return manifest["epoch"], steps * self.args.gradient_accumulation_steps
-
-    def _run_epoch(self, *args, **kwargs) -> None:
-        """transformers 5.23 trains a finished run of `max_steps` one step further each time it is started again."""
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-        else:
-            super()._run_epoch(*args, **kwargs)
-
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
-            self.lr_scheduler.last_epoch = self.state.global_step - 1
-            self.lr_scheduler.step()
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
-            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
-                card.write(self.record_card())
-
-    def save_final(self) -> None:
-        """Save the trained model, its card and the trainer's state to `output_dir`."""
-        self.save_state()
-        # off in training, wanted by who generates
-        self.accelerator.unwrap_model(self.model).config.use_cache = True
-        self.save_model(self.args.output_dir)
-        self.create_model_card()
-
-    def record_card(self) -> str:
-        recipe = write_yaml(self.record["recipe"]).rstrip()
-        rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
-        return f"\n## Recipe\n\n```yaml\n{recipe}\n```\n\n## Data\n\n{rows}\n"
-
-
 @contextmanager
 def overridden(args: Any, **values: Any) -> Iterator[None]:
-    """Set values for the time that TRL reads them. Template, EOS token and loss mask are settled with
-    the tokenizer and the rows; TRL 1.16 would settle them again, and refuse a mask on rows that are tokens already."""
+    """Set attributes of `args` while TRL reads them."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:
@@ -148,14 +39,20 @@ def overridden(args: Any, **values: Any) -> Iterator[None]:
         vars(args).update(before)
 
 
+# PATCH(trl<1.17): template, EOS token and loss mask are settled with tokenizer and rows. TRL's constructors would
+# settle them again, and refuse a mask on rows that are tokens already, so that they must not see the keys. Waits for
+# trl/trainer/sft_trainer.py. Delete when TRL takes tokenized rows as they are.
+SETTLED = {"model_init_kwargs": None, "chat_template_path": None, "eos_token": None}
+
+
 class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
-    """TRL's SFTTrainer; its loss scores the labelled positions only, and packed rows need no flash-attn."""
+    """TRL's SFTTrainer: the cross-entropy of the labelled tokens, averaged over those of the step. It scores the
+    labelled positions only, and packed rows need no flash-attn."""
 
     def __init__(self, *, args, **kwargs):
-        settings = dict(assistant_only_loss=False, chat_template_path=None, eos_token=None, model_init_kwargs=None)
-        with user_errors(), overridden(args, **settings):
-            super().__init__(args=args, **kwargs)
         with user_errors():
+            with overridden(args, assistant_only_loss=False, **SETTLED):
+                super().__init__(args=args, **kwargs)
             pack_causal_lm(self.model, packing=args.packing, context=self.context)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
@@ -169,25 +66,31 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
 
     batches: TokenBatchSampler | None = None
 
+    def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
+        return dataset
+
     @cached_property
     def pair_lengths(self) -> tuple[np.ndarray, np.ndarray]:
         return pair_lengths(self.train_dataset, self.args.max_length)
 
     @cached_property
     def shares_prefix(self) -> bool:
-        args = self.args
-        if not args.packing:
+        if not self.args.packing:
             return False
         tokens, saved = self.pair_lengths
         share = saved.sum() / tokens.sum()
-        decided = decides_sharing(args, share)
+        decided = decides_sharing(self.args, share)
         logger.info(
             "Sharing the prefix of chosen and rejected saves %.1f%% of %s tokens: share_prefix is %s.",
-            100 * share,
-            f"{tokens.sum():,}",
-            "on" if decided else "off",
+            *(100 * share, f"{tokens.sum():,}", "on" if decided else "off"),
         )
         return decided
+
+    def order_settings(self) -> dict[str, Any]:
+        args = self.args
+        settings = {"global_batch_size": self.global_batch_size, "share_prefix": self.shares_prefix}
+        processes = {"world_size": args.world_size} if args.max_tokens_per_batch else {}
+        return settings | processes if args.packing else {}
 
     def _get_train_sampler(self, train_dataset=None):
         args = self.args
@@ -208,19 +111,6 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         return self.batches
 
     def _init_training_state(self, *args) -> tuple[int, int]:
-        checkpoint = args[3]
-        if checkpoint is not None and self.args.packing:
-            manifest = checkpoints.read_manifest(Path(checkpoint))
-            settings = {"global_batch_size": self.global_batch_size, "share_prefix": self.shares_prefix}
-            if self.args.max_tokens_per_batch:
-                settings["world_size"] = self.args.world_size
-            for name, value in settings.items():
-                if manifest[name] != value:
-                    before, now = (str(x).lower() for x in (manifest[name], value))
-                    raise RecipeError(
-                        f"{checkpoint} was made with {name}: {before}, and its pairs balanced by tokens; with {now} "
-                        f"their order is another. Set {'num_processes' if name == 'world_size' else name}: {before}."
-                    )
         position = super()._init_training_state(*args)
         if self.batches is not None:  # transformers cannot reach it behind the batches that a resumed run skips
             self.batches.set_epoch(position[0])
@@ -229,7 +119,7 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
 
 @dataclass
 class SubsetCollator(DataCollatorForPreference):
-    """TRL's collator, which keeps the number of each pair's subset."""
+    """Collate as TRL does, and keep the number of each pair's subset."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         batch = super().torch_call(examples)
@@ -239,22 +129,22 @@ class SubsetCollator(DataCollatorForPreference):
 
 
 class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
-    """TRL's RewardTrainer with the reward read at the last token of a row whatever the pad token is, the loss in
-    float32, a choice of losses, a margin that is asked for, the load-balancing loss of a mixture of experts, and exact
-    accuracy, overall and by subset, in evaluation."""
+    """TRL's RewardTrainer with the losses of [`reward_loss`] in float32, the reward read at the last token of a row
+    whatever the pad token is, a margin only on request, and exact accuracy, overall and by subset, in evaluation.
+
+    With `router_aux_loss_coef` c it adds c times the load-balancing loss of a mixture of experts (Switch Transformers,
+    https://arxiv.org/abs/2101.03961, equations 4 to 6), over all layers, as transformers' Mixtral has it.
+    """
 
     def __init__(self, *, args, processing_class, **kwargs):
+        self.evaluated: list[torch.Tensor] = []  # of each batch, (pairs, 3): both rewards and the number of the subset
         collator = SubsetCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
-        with user_errors(), overridden(args, chat_template_path=None, eos_token=None, model_init_kwargs=None):
-            super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
-            if args.router_aux_loss_coef and "output_router_logits" not in self.model.config.to_dict():
-                raise ValueError("`router_aux_loss_coef`: the model is no mixture of experts. Leave it out.")
-        self.evaluated: list[torch.Tensor] = []
         with user_errors():
+            with overridden(args, **SETTLED):
+                super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+            if args.router_aux_loss_coef and "output_router_logits" not in self.model.config.to_dict():
+                raise ValueError("`router_aux_loss_coef`: the model is not a mixture of experts. Remove the key.")
             pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
-
-    def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
-        return dataset
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "subset"]
@@ -289,7 +179,7 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluation_loop(self, *args, **kwargs):
-        """TRL averages over batches; here every pair counts once, also in the last batch."""
+        """Evaluate with every pair counted once, also those of the last batch; TRL averages over batches."""
         self.evaluated.clear()
         result = super().evaluation_loop(*args, **kwargs)
         pairs = torch.cat(self.evaluated)
@@ -306,23 +196,21 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         return result
 
     def save_final(self) -> None:
+        """Save what every trainer saves; with `calibrate_rewards`, mean and std of the rewards of the last evaluation
+        in the model's config, under OpenRLHF's names; with `value_head_prefix`, the head by another name."""
         if self.args.calibrate_rewards:
-            self.calibrate()
+            rewards, config = torch.cat(self.evaluated)[:, :2], self.accelerator.unwrap_model(self.model).config
+            config.mean, config.std = rewards.mean().item(), max(rewards.std().item(), 1e-8)
         super().save_final()
         if self.args.value_head_prefix != "score" and self.is_world_process_zero():
             rename_head(Path(self.args.output_dir), self.args.value_head_prefix)
 
-    def calibrate(self) -> None:
-        """Write mean and std of the rewards of the last evaluation into the model's config, under OpenRLHF's names."""
-        rewards = torch.cat(self.evaluated)[:, :2]
-        config = self.accelerator.unwrap_model(self.model).config
-        config.mean, config.std = rewards.mean().item(), max(rewards.std().item(), 1e-8)
-
 
 @contextmanager
 def offloaded_parameters(args) -> Iterator[None]:
-    """`ref_offload` under ZeRO-3: the engine that TRL makes for the reference copies the run's DeepSpeed config, and
-    TRL 1.16 has no argument to change the copy."""
+    """Let the engine that TRL makes for the reference under ZeRO-3 keep its parameters on the CPU (`ref_offload`)."""
+    # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and there is no argument to change the copy. Waits
+    # for trl/models/utils.py, prepare_deepspeed. Delete when it takes one.
     if not (args.ref_offload and launched_sharding(args).is_zero3):
         yield
         return
@@ -336,50 +224,46 @@ def offloaded_parameters(args) -> Iterator[None]:
 
 
 class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
-    """TRL's DPOTrainer with the objectives that it lacks, see [`DPOObjective`]."""
+    """TRL's DPOTrainer (https://arxiv.org/abs/2305.18290) with the objectives that it lacks: cDPO, IPO on sums, and the
+    negative log-likelihood of the chosen side; [`DPOObjective`] has their formulas."""
+
+    patched = False
 
     @property
     def reference_passes(self) -> int:
         return int(not self.args.precompute_ref_log_probs)
 
     def __init__(self, *, args, ref_model=None, **kwargs):
-        self.patched = False
         with user_errors(), overridden(args, model_init_kwargs=None), offloaded_parameters(args):
             super().__init__(args=args, ref_model=ref_model, **kwargs)
         self._patch_forwards()
         self.settle_objective()
 
-    def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
-        return dataset
-
     def settle_objective(self) -> None:
-        """Give TRL's loss what the recipe's objective is for it."""
+        """Give TRL's loss its part of the recipe's objective."""
         self.objective = DPOObjective.from_args(self.args)
         self.loss_types, self.loss_weights = self.objective.loss_types, self.objective.loss_weights
         self.label_smoothing = self.objective.label_smoothing
 
     def _patch_forwards(self) -> None:
-        """Once TRL has put its fused head on both models; its constructor may already run the reference."""
+        """Patch both models, once TRL has put its fused head on them; its constructor may already run the reference."""
         if not self.patched:
             self.patched = True
             for model in filter(None, (self.model, self.ref_model)):
                 with user_errors():
-                    pack_causal_lm(
-                        self.accelerator.unwrap_model(model),
-                        self.args.packing,
-                        self.shares_prefix,
-                        context=self.context,
-                    )
+                    unwrapped = self.accelerator.unwrap_model(model)
+                    pack_causal_lm(unwrapped, self.args.packing, self.shares_prefix, self.context)
 
     def _precompute_ref_logps(self, *args) -> Dataset:
-        """TRL 1.16 finds those that it has cached by the rows and the model; they depend on `ld_alpha`, too."""
+        # PATCH(trl<1.17): TRL caches reference log-probs by data set and model only, although they also depend on
+        # `ld_alpha`. Add it to the key. Waits for trl/trainer/dpo_trainer.py:1175. Delete when it is in the hash.
         self._patch_forwards()
         with overridden(self, _precompute_model_hash=(self._precompute_model_hash, self.args.ld_alpha)):
             return super()._precompute_ref_logps(*args)
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
-        """The reference model, on the device for the time of its pass where `ref_offload` keeps it on the CPU."""
+        """Yield the reference model, moved to the device for its pass where `ref_offload` keeps it on the CPU."""
         # ZeRO-3 and fsdp2_offload bring it layer by layer themselves; fsdp2 moves each rank's shards
         sharding = launched_sharding(self.args)
         offloads_itself = sharding.is_zero3 or (sharding.engine == "fsdp" and sharding.offload_weights)
@@ -391,7 +275,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
             self.accelerator.unwrap_model(self.ref_model).to("cpu")
 
     def _compute_loss(self, model, inputs, return_outputs):
-        """TRL's loss and metrics, with the reference computed here, and the policy's outputs kept for our terms."""
+        """Return TRL's loss plus our terms, from a reference computed here and the policy's recorded outputs."""
         if not self.precompute_ref_logps:
             with self.reference() as reference:
                 chosen, rejected = self.compute_ref_log_probs(reference, inputs)

@@ -1,0 +1,139 @@
+"""Checkpoints that are whole or absent, and runs that resume at the sample where their checkpoint stopped."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .. import checkpoints
+from ..errors import RecipeError
+from ..files import write_yaml
+from ..packing.context_parallel import ContextParallelMixin
+from .optimizers import MuonMixin
+
+
+class RunMixin(MuonMixin, ContextParallelMixin):
+    """Mixin before a TRL trainer that saves complete checkpoints only, and resumes at the sample where they stopped.
+
+    Args:
+        record: what the run is made of, for the checkpoints' manifests: model, data, seed, recipe.
+    """
+
+    shares_prefix = False  # of chosen and rejected
+
+    def __init__(self, *args, record: Mapping[str, Any], **kwargs):
+        self.record = record
+        super().__init__(*args, **kwargs)
+        # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
+        # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
+        # Undo both. Waits for trl/trainer/sft_trainer.py. Delete when TRL writes `activation_checkpointing_kwargs`.
+        self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
+        vars(self.model).pop("gradient_checkpointing_enable", None)
+
+    @property
+    def global_batch_size(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
+
+    def order_settings(self) -> dict[str, Any]:
+        """Return the settings, by their names in the manifest, that the order of the rows depends on."""
+        return {}
+
+    def _save_checkpoint(self, model, trial) -> None:
+        output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        # transformers would delete older checkpoints before the manifest makes the new one whole
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with checkpoints.saving(name, output_dir):
+                if self.args.should_save:
+                    checkpoints.begin(output_dir / name)
+                self.accelerator.wait_for_everyone()
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    checkpoints.write_manifest(output_dir / name, {**self.record, **self.progress()})
+                    checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.args.save_total_limit = limit
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far training has come, for a manifest."""
+        epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
+        return {
+            "epoch": epoch,
+            "samples_in_epoch": step * self.global_batch_size,
+            "consumed_samples": self.state.global_step * self.global_batch_size,
+            "global_batch_size": self.global_batch_size,
+            "world_size": self.args.world_size,
+            "share_prefix": self.shares_prefix,
+        }
+
+    def _init_training_state(
+        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+    ) -> tuple[int, int]:
+        """Return epoch and micro-batch to resume at. transformers resumes at the step's number, which is a different
+        sample under a different global batch size: count the step anew from the samples.
+
+        Raises:
+            RecipeError: the rows would come in a different order, or no step begins at the sample.
+        """
+        self.steps_per_epoch = num_update_steps_per_epoch
+        position = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is None:
+            return position
+        manifest = checkpoints.read_manifest(Path(resume_from_checkpoint))
+        for name, value in self.order_settings().items():
+            if manifest[name] != value:
+                before, now = (str(x).lower() for x in (manifest[name], value))
+                raise RecipeError(
+                    f"{resume_from_checkpoint} was made with {name}: {before}, and its pairs balanced by tokens; with "
+                    f"{now} they come in a different order. Set "
+                    f"{'num_processes' if name == 'world_size' else name}: {before}."
+                )
+        if manifest["global_batch_size"] == self.global_batch_size:
+            return position
+        samples = manifest["samples_in_epoch"]
+        steps, rest = divmod(samples, self.global_batch_size)
+        if rest:
+            raise RecipeError(
+                f"{resume_from_checkpoint} stopped after {samples} samples of the epoch, which is not a multiple of "
+                f"the new global batch size {self.global_batch_size}. Set global_batch_size: "
+                f"{manifest['global_batch_size']}, or a divisor of {samples}."
+            )
+        self.state.global_step = manifest["epoch"] * num_update_steps_per_epoch + steps
+        return manifest["epoch"], steps * self.args.gradient_accumulation_steps
+
+    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
+            self.lr_scheduler.last_epoch = self.state.global_step - 1
+            self.lr_scheduler.step()
+
+    def _run_epoch(self, *args, **kwargs) -> None:
+        # PATCH(transformers<5.24): a finished run of `max_steps` is trained one step further each time it is started
+        # again. Waits for transformers/trainer.py, _run_epoch. Delete when the epoch's loop checks max_steps first.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        else:
+            super()._run_epoch(*args, **kwargs)
+
+    def save_final(self) -> None:
+        """Save the trained model, its card and the trainer's state to `output_dir`."""
+        self.save_state()
+        # off in training; who generates wants it on
+        self.accelerator.unwrap_model(self.model).config.use_cache = True
+        self.save_model(self.args.output_dir)
+        self.create_model_card()
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Write TRL's model card, with the recipe and the counts of rows."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            recipe = write_yaml(self.record["recipe"]).rstrip()
+            rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
+            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(f"\n## Recipe\n\n```yaml\n{recipe}\n```\n\n## Data\n\n{rows}\n")
