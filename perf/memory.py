@@ -24,9 +24,10 @@ from compare import PACKAGES, RESULTS, ROOT, SCRIPTS, Sheet, describe_machine, w
 from rich.console import Console
 from transformers import AutoConfig, LlamaConfig
 
+from tunebook.environment import Sharding
 from tunebook.recipe import parse
-from tunebook.tools.check import settings
-from tunebook.tools.memory import Batch, estimate
+from tunebook.tools.memory import estimate
+from tunebook.tools.workload import Batch, Workload
 
 DOCS = ROOT / "docs/preflight.md"
 SIZES = {
@@ -78,8 +79,8 @@ def estimated(case: dict[str, Any], config) -> float:
     """Bytes, of a case of the results."""
     keys = {"model_name_or_path": "model", "dataset_name": "rows", "output_dir": "out", "bf16": False, "use_cpu": True}
     recipe = parse(case["task"], keys | case["keys"])
-    parts = estimate(config, case["task"], Batch(**case["batch"]), device="cpu", **settings(recipe, config))
-    return sum(part.bytes for part in parts)
+    workload = Workload.from_recipe(recipe, config, Batch(**case["batch"]), Sharding(), "cpu")
+    return sum(part.bytes for part in estimate(workload))
 
 
 def measure_case(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:

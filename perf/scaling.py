@@ -10,7 +10,8 @@ from peft import LoraConfig
 from transformers import LlamaConfig, PreTrainedConfig, Qwen3Config
 
 from tunebook.tools.check import read_sharding
-from tunebook.tools.memory import Batch, estimate
+from tunebook.tools.memory import estimate
+from tunebook.tools.workload import Batch, Workload
 
 PAGE = Path(__file__).parent.parent / "docs" / "scaling.md"
 LLAMA = {"vocab_size": 128256, "num_key_value_heads": 8, "max_position_embeddings": 131072}
@@ -54,7 +55,7 @@ def adapter(task: str) -> LoraConfig:
 def gigabytes(size: str, gpus: str, method: str, accelerate: str, reference: str, task: str) -> float:
     """A GPU's memory at the peak of a step, as a row of the table describes the run."""
     config: PreTrainedConfig = MODELS[size]
-    parts = estimate(
+    workload = Workload(
         config,
         task,
         BATCHES[task],
@@ -66,12 +67,13 @@ def gigabytes(size: str, gpus: str, method: str, accelerate: str, reference: str
         accumulates=True,
         reference=config if task == "dpo" and reference == "kept" else None,
     )
-    return sum(part.bytes for part in parts) / 1e9
+    return sum(part.bytes for part in estimate(workload)) / 1e9
 
 
 def activations(size: str, length: int) -> float:
-    """Of SFT on a packed row of so many tokens, GB."""
-    parts = estimate(MODELS[size], "sft", Batch(1, length, length, packed=True), read_sharding("zero3", 8), mixed=True)
+    """Return the GB of SFT's activations on a packed row of this length."""
+    batch, sharding = Batch(1, length, length, packed=True), read_sharding("zero3", 8)
+    parts = estimate(Workload(MODELS[size], "sft", batch, sharding, mixed=True))
     return next(part.bytes for part in parts if part.name == "activations") / 1e9
 
 

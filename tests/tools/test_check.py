@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TEMPLATE, build_model, launch, options, question, write_rows
+from conftest import ROOT, TEMPLATE, build_model, launch, options, question, short_recipe, train, write_rows
 from measure import Recorder
 from scipy.stats import binomtest
 from transformers import LlamaConfig, LlamaForSequenceClassification
 from typer.testing import CliRunner
 
-import tunebook
 from tunebook.environment import Sharding
 from tunebook.errors import RecipeError
 from tunebook.recipe import find_task, parse, read_recipe
@@ -25,6 +24,8 @@ from tunebook.tools.check import DEVICES, LEARNING_RATES, check, find_device, re
 from tunebook.tools.cli import app
 
 NO_SYSTEM = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+HEALTHY = {"max_length": 128, "learning_rate": 2e-5}
+HEALTHY |= {"max_steps": None, "save_strategy": None, "per_device_train_batch_size": None}  # the defaults
 NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
@@ -33,18 +34,16 @@ def report(tiny, sft_rows, pair_rows, tmp_path, capsys):
     """Exit code and output of a check of a healthy recipe with some keys changed."""
 
     def run(task="sft", device="cpu", sharding=None, reward_model=None, full=False, **keys):
-        recipe = {
-            "model_name_or_path": str(tiny),
-            "dataset_name": str(sft_rows if task == "sft" else pair_rows),
-            "output_dir": str(tmp_path / "out"),
-            "max_length": 128,
-            "learning_rate": 2e-5,
-            "bf16": False,
-        }
-        code = check(parse(task, recipe | keys), device, sharding, full, reward_model)
+        rows = sft_rows if task == "sft" else pair_rows
+        recipe = short_recipe(tiny, rows, tmp_path / "out", **{**HEALTHY, **keys})
+        code = check(parse(task, recipe), device, sharding, full, reward_model)
         return code, re.sub(r"\s+", " ", capsys.readouterr().out)
 
     return run
+
+
+def chat(**turns: str) -> list[dict]:
+    return [{"role": role, "content": text} for role, text in turns.items()]
 
 
 def warnings(output: str) -> list[str]:
@@ -60,14 +59,11 @@ def test_a_healthy_recipe_gives_no_warning_and_code_0(report, task, keys):
     code, output = report(task, **keys)
     assert code == 0
     assert not warnings(output), output
-    assert "Nothing to warn of" in output
+    assert "No warnings." in output
 
 
 def test_an_end_that_is_never_trained_is_found(report, tmp_path):
-    rows = [
-        {"messages": [{"role": "user", "content": question(i)}, {"role": "assistant", "content": "five"}]}
-        for i in range(8)
-    ]
+    rows = [{"messages": chat(user=question(i), assistant="five")} for i in range(8)]
     code, output = report(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)), chat_template=NO_END)
     [warning] = warnings(output)
     assert "<|im_end|>) is never trained" in warning
@@ -75,14 +71,8 @@ def test_an_end_that_is_never_trained_is_found(report, tmp_path):
 
 
 def test_an_answer_of_a_pair_that_does_not_end_is_found(report, tmp_path):
-    turns = [{"role": "user", "content": "what is two?"}]
-    rows = [
-        {
-            "prompt": turns,
-            **{side: [{"role": "assistant", "content": f"{side} {i}"}] for side in ("chosen", "rejected")},
-        }
-        for i in range(8)
-    ]
+    sides = [{side: chat(assistant=f"{side} {i}") for side in ("chosen", "rejected")} for i in range(8)]
+    rows = [{"prompt": chat(user="what is two?"), **pair} for pair in sides]
     file = str(write_rows(tmp_path / "rows.jsonl", rows))
     for task in ("rm", "dpo"):
         assert "never trained" in warnings(report(task, dataset_name=file, chat_template=NO_END)[1])[0]
@@ -90,9 +80,8 @@ def test_an_answer_of_a_pair_that_does_not_end_is_found(report, tmp_path):
 
 
 def test_a_template_that_drops_the_system_turn_is_found(report, tmp_path):
-    turns = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "two?"}]
-    rows = [{"messages": [*turns[i % 2 :], {"role": "assistant", "content": "five"}]} for i in range(8)]
-    file = str(write_rows(tmp_path / "rows.jsonl", rows))
+    turns = chat(system="be brief", user="two?", assistant="five")
+    file = str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns[i % 2 :]} for i in range(8)]))
     [warning] = warnings(report(dataset_name=file, chat_template=NO_SYSTEM)[1])
     assert "drops the system turn of 4 of 4 rows" in warning
     assert not warnings(report(dataset_name=file)[1])
@@ -115,17 +104,25 @@ def test_rows_that_are_dropped_are_found_with_the_reason(report):
     assert re.match(r"\d+% of the rows are dropped \(\d+% longer than max_length\)", warning)
 
 
-@pytest.mark.parametrize(("rate", "word"), [(2, "larger"), (1e-9, "smaller")])
-@pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
-def test_a_learning_rate_out_of_bounds_is_found(report, task, rate, word):
+@pytest.mark.parametrize(("rate", "word"), [(2, "above"), (1e-9, "below")])
+@pytest.mark.parametrize(
+    ("task", "usual"),
+    [
+        ("sft", "SFT (5e-07 to 1e-03). Try 2e-05."),
+        ("rm", "RM (5e-07 to 1e-03). Try 2e-05."),
+        ("dpo", "DPO (1e-08 to 1e-04). Try 1e-06."),
+    ],
+)
+def test_a_learning_rate_out_of_bounds_is_found(report, task, usual, rate, word):
     [warning] = warnings(report(task, learning_rate=rate)[1])
-    assert f"learning_rate {rate:g} is {word} than" in warning
+    assert warning.strip() == f"learning_rate {rate:g} is {word} the usual range for {usual}"
 
 
 def test_an_adapter_takes_a_larger_learning_rate(report):
     high = LEARNING_RATES["sft"][1]
     assert warnings(report(learning_rate=2 * high)[1])
     assert not warnings(report(learning_rate=2 * high, use_peft=True)[1])
+    assert "SFT with an adapter (5e-06 to 1e-02)" in warnings(report(learning_rate=2, use_peft=True)[1])[0]
 
 
 def test_every_shipped_recipe_is_within_the_bounds():
@@ -183,8 +180,8 @@ def test_the_interval_of_a_share_is_wilsons(wins, count):
 def llama8b(tmp_path_factory, tokenizer) -> str:
     """A folder with the config of Llama-3.1-8B and a tokenizer, and no weights."""
     folder = tmp_path_factory.mktemp("llama8b")
-    sizes = dict(vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32)
-    LlamaConfig(**sizes, num_attention_heads=32, num_key_value_heads=8).save_pretrained(folder)
+    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+    LlamaConfig(vocab_size=128256, num_key_value_heads=8, **sizes).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
@@ -228,23 +225,21 @@ def test_the_command_gives_code_2_for_a_recipe_error(tmp_path):
 
 
 def test_the_command_takes_overrides_and_finds_task_and_sharding(tiny, sft_rows, tmp_path):
-    recipe = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows), "output_dir": str(tmp_path / "out")}
     path = tmp_path / "sft.yaml"
-    path.write_text(yaml.safe_dump(recipe | {"learning_rate": 2e-5, "bf16": False}))
+    path.write_text(yaml.safe_dump(short_recipe(tiny, sft_rows, tmp_path / "out")))
     overrides = ["--learning_rate", "2", "--max_steps", "7"]
     machine = ["--device", "h100-80gb", "--accelerate-config", "zero3", "--num-processes", "4"]
     result = CliRunner().invoke(app, ["check", str(path), *machine, *overrides])
     assert result.exit_code == 0
-    assert "learning_rate 2 is larger" in result.output
+    assert "learning_rate 2 is above" in result.output
     assert re.search(r"steps +7 \(.*x 4 devices", result.output, re.DOTALL)
 
 
 @pytest.mark.slow
 def test_dry_run_checks_from_the_script_and_writes_nothing(tiny, sft_rows, tmp_path):
-    keys = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows), "output_dir": str(tmp_path / "out")}
-    run = launch("src/sft.py", *options(keys | {"learning_rate": 2e-5, "bf16": False, "dry_run": True}))
+    run = launch("src/sft.py", *options(short_recipe(tiny, sft_rows, tmp_path / "out", dry_run=True)))
     assert run.returncode == 0, run.stderr
-    assert "Nothing to warn of" in run.stdout
+    assert "No warnings." in run.stdout
     assert not (tmp_path / "out").exists()
 
 
@@ -266,11 +261,9 @@ def test_a_run_has_the_steps_and_the_largest_batch_that_were_said(
 ):
     keys = {"num_train_epochs": 1, **keys}
     output = report(task, **keys)[1]
-    recipe = {"model_name_or_path": str(tiny), "dataset_name": str(sft_rows if task == "sft" else pair_rows)}
-    recipe |= {"output_dir": str(tmp_path / "out"), "max_length": 128, "bf16": False, "save_strategy": "no"}
-    recipe |= {"learning_rate": 1e-5, "report_to": "none", **keys}
     with Recorder() as recorder:
-        tunebook.run_script(task, recipe)
+        rows = sft_rows if task == "sft" else pair_rows
+        train(task, tiny, rows, tmp_path / "out", **{**HEALTHY, "report_to": "none", "save_strategy": "no", **keys})
     steps = recorder.result()["steps"]
     said = int(re.search(r"steps (\d+) \(", output)[1])
     assert said == len(recorder.times) - 1
@@ -300,9 +293,8 @@ def test_a_sample_says_nearly_what_all_rows_say(report, monkeypatch, tmp_path):
 
 def test_tokens_are_counted_as_the_trainer_gets_them(report, tokenizer, pair_rows):
     rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
-    chosen = [len(tokenizer(row["prompt"] + row["chosen"] + "<|im_end|>")["input_ids"]) for row in rows]
-    rejected = [len(tokenizer(row["prompt"] + row["rejected"] + "<|im_end|>")["input_ids"]) for row in rows]
-    total = np.array([*chosen, *rejected])
+    texts = [row["prompt"] + row[side] + "<|im_end|>" for side in ("chosen", "rejected") for row in rows]
+    total = np.array([len(tokenizer(text)["input_ids"]) for text in texts])
     expected = f"total tokens {np.median(total):.0f} / {np.quantile(total, 0.95):.0f} / {total.max()}"
     assert expected in report("dpo")[1]
 

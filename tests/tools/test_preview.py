@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import write_rows
+from conftest import short_recipe, write_rows
 from PIL import Image
 from rich.console import Console
 from transformers import AutoTokenizer
@@ -34,8 +34,7 @@ def chats(tmp_path_factory):
 
 
 def recipe_of(task, tiny, rows, **keys):
-    given = {"model_name_or_path": str(tiny), "dataset_name": str(rows), "output_dir": "o", "bf16": False}
-    return parse(task, given | keys)
+    return parse(task, short_recipe(tiny, rows, "o", **keys))
 
 
 def ids(tokens, *kinds):

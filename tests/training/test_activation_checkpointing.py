@@ -1,15 +1,15 @@
-"""Selective checkpointing: the same gradients, nothing dear computed twice, less kept than without checkpointing."""
+"""Selective checkpointing: the same gradients, nothing expensive computed twice, less kept than without any."""
 
 import pytest
 import torch
-from conftest import assert_same_weights, build_model
+from conftest import assert_same_weights, build_model, train
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from tunebook import run_script
 from tunebook.errors import RecipeError
 from tunebook.recipe import TASKS
-from tunebook.tools.memory import Batch, estimate
+from tunebook.tools.memory import estimate
+from tunebook.tools.workload import Batch, Workload
 from tunebook.training.activation_checkpointing import accept_selective, keep_products
 
 LAYERS, HIDDEN, INTERMEDIATE, KEYS_AND_VALUES, ROWS, LENGTH = 3, 64, 128, 2 * 32, 2, 48
@@ -62,8 +62,8 @@ def test_reentrant_checkpointing_is_refused():
 
 def test_the_estimate_of_memory_counts_what_is_kept():
     def activations(**checkpointing):
-        parts = estimate(config, "sft", Batch(1, 4096, packed=True), device="cpu", **checkpointing)
-        return next(part.bytes for part in parts if part.name == "activations")
+        workload = Workload(config, "sft", Batch(1, 4096, packed=True), device="cpu", **checkpointing)
+        return next(part.bytes for part in estimate(workload) if part.name == "activations")
 
     config = build(None).config
     without, full = activations(activation_checkpointing=False), activations()
@@ -78,33 +78,22 @@ def test_the_estimate_of_memory_counts_what_is_kept():
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, sft_rows, pair_rows, tmp_path):
-    recipe = {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(sft_rows if task == "sft" else pair_rows),
-        "output_dir": str(tmp_path),
-        "activation_checkpointing_kwargs": {**SELECTIVE, "use_reentrant": True},
-    }
+    rows = sft_rows if task == "sft" else pair_rows
     with pytest.raises(RecipeError, match="selective.*reentrant"):
-        run_script(task, recipe)
+        train(task, tiny, rows, tmp_path, activation_checkpointing_kwargs={**SELECTIVE, "use_reentrant": True})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
 def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, sft_rows, pair_rows, tmp_path):
     """One layer in two. DPO with LoRA: its reference pass turns checkpointing off and on in each step."""
-    recipe = {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(sft_rows if task == "sft" else pair_rows),
-        "max_steps": 2,
-        "per_device_train_batch_size": 2,
-        "use_peft": task == "dpo",
-        "report_to": "none",
-    }
-    checkpointing = {"activation_checkpointing_kwargs": {**SELECTIVE, "every_n_layers": 2}}
-    trainer = run_script(task, {**recipe, **checkpointing, "output_dir": str(tmp_path / "selective")})
+    run = (task, tiny, sft_rows if task == "sft" else pair_rows)
+    same = {"max_steps": 2, "use_peft": task == "dpo"}
+    selective = {**SELECTIVE, "every_n_layers": 2}
+    trainer = train(*run, tmp_path / "selective", **same, activation_checkpointing_kwargs=selective)
     layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
     assert layers[0]._gradient_checkpointing_func.keywords["context_fn"].args == (keep_products,)
 
-    run_script(task, {**recipe, "activation_checkpointing": False, "output_dir": str(tmp_path / "without")})
+    train(*run, tmp_path / "without", **same, activation_checkpointing=False)
     assert_same_weights(tmp_path / "selective", tmp_path / "without")

@@ -1,0 +1,156 @@
+"""Measure the rows that a run trains on: the tokens of each, and the batches that training forms of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from datasets import Dataset
+from trl.data_utils import pack_dataset
+
+from ..data.layouts import Dropped, read_messages
+from ..data.rendering import Renderer, RenderSettings
+from ..errors import user_errors
+from ..packing.batches import TokenBatchSampler, decides_sharing, list_offsets, pair_lengths
+from ..recipe import Recipe
+from .workload import Batch
+
+
+@dataclass
+class Lengths:
+    """Tokens of each row.
+
+    Attributes:
+        prompt: (rows,) of the context.
+        answers: (rows, 1), or (rows, 2) of a pair: what is trained.
+        scored: (rows, 1 or 2) positions at which the loss reads the model: an answer's tokens, or one reward.
+        ended: (rows,) whether an end of turn is trained; in a pair, in both answers.
+        saved: (rows,) of a pair, by sharing the prefix.
+    """
+
+    prompt: np.ndarray
+    answers: np.ndarray
+    scored: np.ndarray
+    ended: np.ndarray
+    saved: np.ndarray | None = None
+
+    @property
+    def total(self) -> np.ndarray:
+        """(rows, 1 or 2): each sequence that the model reads."""
+        return self.prompt[:, None] + self.answers
+
+    def quantiles(self, task: str) -> list[tuple[str, float, float, int]]:
+        """Return name, median, 95% quantile and maximum of each part of a row, and of whole sequences."""
+        names = ["completion"] if task == "sft" else ["chosen", "rejected"]
+        columns = {"prompt": self.prompt, **dict(zip(names, self.answers.T, strict=True)), "total": self.total}
+        return [(name, *np.quantile(values, (0.5, 0.95)), values.max()) for name, values in columns.items()]
+
+
+def measure_rows(task: str, dataset: Dataset, ends: Sequence[int], max_length: int | None) -> Lengths:
+    """Count the tokens of tokenized rows; `ends` are the ids that end a turn."""
+    table = dataset.with_format("arrow")[:]
+    columns = {name: list_offsets(table[name]) for name in table.column_names if name.endswith(("_ids", "labels"))}
+    counts = {name: np.diff(offsets) for name, (_, offsets) in columns.items()}
+    if task == "sft":
+        labels, offsets = columns["labels"]
+        trained = count_per_row(labels != -100, offsets)
+        ended = count_per_row(np.isin(labels, ends), offsets) > 0
+        return Lengths(counts["labels"] - trained, trained[:, None], trained[:, None], ended)
+    sides = ("chosen_ids", "rejected_ids")
+    ended = np.all([ends_turn(*columns[side], ends) for side in sides], axis=0)
+    saved = pair_lengths(dataset, max_length)[1]
+    answers = np.stack([counts[side] for side in sides], axis=1)
+    if task == "dpo":
+        return Lengths(counts["prompt_ids"], answers, answers, ended, saved)
+    return Lengths(saved, answers - saved[:, None], np.ones_like(answers), ended, saved)
+
+
+def count_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return (rows,) how many values of each row are true."""
+    return np.diff(np.concatenate(([0], values.cumsum()))[offsets])
+
+
+def ends_turn(values: np.ndarray, offsets: np.ndarray, ends: Sequence[int], tail: int = 3) -> np.ndarray:
+    """Return (rows,) whether one of the last tokens of each row ends a turn; a template may add a line break."""
+    last = np.maximum(offsets[1:, None] - 1 - np.arange(tail), offsets[:-1, None])
+    return np.isin(values[last], ends).any(axis=1)
+
+
+@dataclass
+class Batches:
+    """The batches of an epoch.
+
+    Attributes:
+        largest: the most that a device runs at a time.
+        count: number of batches.
+        padding: fraction of an unpacked batch that is padding.
+        filled: fraction of a packed SFT row that holds tokens.
+        shared: fraction of a pair's tokens that sharing the prefix saves.
+    """
+
+    largest: Batch
+    count: int
+    padding: float
+    filled: float | None = None
+    shared: float | None = None
+
+
+def form_batches(recipe: Recipe, dataset: Dataset, lengths: Lengths) -> Batches:
+    """Form the batches of an epoch of these rows as training does.
+
+    Raises:
+        RecipeError: when a pair is longer than `max_tokens_per_batch`.
+    """
+    args, total = recipe.training, lengths.total
+    rows = args.per_device_train_batch_size
+    order = np.random.default_rng(args.seed).permutation(len(total))
+    groups = np.split(order, range(rows, len(order), rows))
+    padded = sum(total[group].size * total[group].max() for group in groups)
+    scored = max(int(lengths.scored[group].sum()) for group in groups)
+    largest = Batch(total.shape[1] * min(rows, len(total)), int(total.max()), scored)
+    shared = None if lengths.saved is None else lengths.saved.sum() / total.sum()
+    batches = Batches(largest, len(groups), 1 - total.sum() / padded, shared=shared)
+    if not args.packing:
+        return batches
+    return pack_texts(recipe, dataset, batches) if recipe.task == "sft" else pack_pairs(recipe, lengths, batches)
+
+
+def pack_texts(recipe: Recipe, dataset: Dataset, batches: Batches) -> Batches:
+    args = recipe.training
+    rows = args.per_device_train_batch_size
+    packed = pack_dataset(dataset, args.max_length, args.packing_strategy).with_format("arrow")[:]
+    labels, offsets = list_offsets(packed["labels"])
+    sizes, trained = np.diff(offsets), count_per_row(labels != -100, offsets)
+    largest = Batch(1, int(np.sort(sizes)[-rows:].sum()), int(np.sort(trained)[-rows:].sum()), packed=True)
+    filled = sizes.sum() / (len(sizes) * args.max_length)
+    return replace(batches, largest=largest, count=-(-len(sizes) // rows), filled=filled)
+
+
+def pack_pairs(recipe: Recipe, lengths: Lengths, batches: Batches) -> Batches:
+    args, pairs = recipe.training, lengths.total.sum(axis=1)
+    shares = decides_sharing(args, batches.shared)
+    packed = pairs - lengths.saved * shares
+    tokens = args.max_tokens_per_batch
+    rows = None if tokens else args.per_device_train_batch_size
+    with user_errors():
+        sampler = TokenBatchSampler(packed, rows, tokens, args.gradient_accumulation_steps, args.seed)
+    groups = [np.array(group) for group in sampler]
+    length, keys, scored = (max(int(n[group].sum()) for group in groups) for n in (packed, pairs, lengths.scored))
+    return replace(batches, largest=Batch(1, length, scored, keys if shares else None, packed=True), count=len(groups))
+
+
+def lost_systems(rows: Dataset, settings: RenderSettings, count: int = 200) -> tuple[int, int]:
+    """Return how many of the first rows have a system turn, and how many of those lose its text in the template."""
+    renderer, seen, lost = Renderer(settings), 0, 0
+    columns = [name for role, name in settings.columns.items() if name and role not in ("margin", "subset")]
+    for row in rows.select(range(min(count, len(rows)))):
+        try:
+            turns = [t for name in columns if isinstance(row[name], list) for t in read_messages(row[name], "user")]
+            text = renderer.sft(row) if settings.task == "sft" else renderer.pair(row)[0]
+        except Dropped:
+            continue
+        systems = {turn["content"] for turn in turns if turn["role"] == "system"}
+        if not systems and settings.system_prompt is not None and text.templated:
+            systems = {settings.system_prompt}
+        seen += bool(systems)
+        lost += any(system.strip() not in text.text for system in systems)
+    return seen, lost

@@ -1,0 +1,160 @@
+"""All that the memory and the checkpoints of a run depend on, from its recipe and the model's config alone."""
+
+import copy
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from trl import get_peft_config
+
+from ..environment import Sharding
+from ..recipe import Recipe
+from ..training.activation_checkpointing import accept_selective
+from ..training.models import check_model, freeze_layers
+
+STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "muon": 1}  # tensors per parameter; Adam, the default, keeps two
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one device runs at a time: `rows` of `length` tokens (a packed batch is one row), `scored` of them with a
+    label. `keys`: tokens that a packed row attends to in all, where its documents share some."""
+
+    rows: int
+    length: int
+    scored: int = 0
+    keys: int | None = None
+    packed: bool = False
+
+
+@dataclass(frozen=True)
+class Workload:
+    """All that the memory of a run depends on.
+
+    Attributes:
+        config: with the length of the tokenizer as `vocab_size` where the embeddings are resized.
+        task: "sft", "rm" or "dpo".
+        device: "cuda" or "cpu".
+        dtype: the weights are loaded in it.
+        mixed: bf16 or fp16 computation. DeepSpeed keeps 16-bit weights then; everything else casts them.
+        bits: of the frozen matrices under an adapter (load_in_4bit, load_in_8bit).
+        accumulates: the gradients of earlier micro-batches are there when a batch begins.
+        reference: config of DPO's other model, where there is one during training.
+    """
+
+    config: PreTrainedConfig
+    task: str
+    batch: Batch
+    sharding: Sharding = Sharding()
+    device: str = "cuda"
+    dtype: str = "float32"
+    mixed: bool = False
+    bits: int = 16
+    peft_config: PeftConfig | None = None
+    num_layers_unfrozen: int | None = None
+    activation_checkpointing: bool = True
+    activation_checkpointing_kwargs: dict[str, Any] | None = None
+    accumulates: bool = False
+    optim: str = "adamw_torch_fused"
+    reference: PreTrainedConfig | None = None
+    ref_offload: bool = False
+
+    @classmethod
+    def from_recipe(
+        cls,
+        recipe: Recipe,
+        config: PreTrainedConfig,
+        batch: Batch,
+        sharding: Sharding,
+        device: str,
+        accumulates: bool = False,
+    ) -> "Workload":
+        """Return the workload of a recipe. `batch` is the one that processes of a context-parallel group share."""
+        args, model_args = recipe.training, recipe.model
+        # On a machine without a GPU, the config has unset what a GPU would take by default
+        unset = device == "cuda" and args.use_cpu and not {"bf16", "fp16"} & recipe.given.keys()
+        dtype = (config.dtype or torch.float32) if model_args.dtype in (None, "auto") else model_args.dtype
+        reference = None
+        if recipe.task == "dpo" and not args.precompute_ref_log_probs:
+            if args.ref_model_name_or_path is not None:
+                reference = check_model(args.ref_model_name_or_path, args.ref_model_revision, args.trust_remote_code)
+            elif not model_args.use_peft:
+                reference = config
+        keys = {**vars(args), **vars(model_args)}
+        settled = {
+            "dtype": str(dtype).removeprefix("torch."),
+            "mixed": args.bf16 or args.fp16 or unset,
+            "bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16,
+            "peft_config": get_peft_config(model_args),
+            "accumulates": accumulates,
+            "reference": reference,
+        }
+        same = {field.name: keys[field.name] for field in fields(cls) if field.name in keys}
+        batch = replace(batch, length=-(-batch.length // args.context_parallel_size))
+        return cls(config, recipe.task, batch, sharding, device, **{**same, **settled})
+
+    @cached_property
+    def model(self) -> PreTrainedModel | PeftModel:
+        """What the run trains, on the meta device."""
+        config = copy.deepcopy(self.config)
+        if self.task == "rm":
+            config.num_labels = 1
+        architecture = AutoModelForSequenceClassification if self.task == "rm" else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = architecture.from_config(config, dtype=self.compute_dtype)
+            if self.num_layers_unfrozen is not None:
+                freeze_layers(model, self.num_layers_unfrozen)
+            accept_selective(model)
+            if self.peft_config is not None:
+                model = get_peft_model(model, copy.deepcopy(self.peft_config))
+        if self.activation_checkpointing:
+            # There is nothing to offload on the meta device: what a layer keeps is counted where it is
+            model.activation_checkpointing_enable({**(self.activation_checkpointing_kwargs or {}), "offload": False})
+        return model.train()
+
+    @property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def trained(self) -> int:
+        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+
+    @property
+    def stored_size(self) -> int:
+        """Bytes of a weight between steps."""
+        return 2 if self.mixed and self.sharding.engine == "deepspeed" else getattr(torch, self.dtype).itemsize
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        engine_casts = self.mixed and self.sharding.engine in ("deepspeed", "fsdp")
+        return torch.bfloat16 if engine_casts else getattr(torch, self.dtype)
+
+    @property
+    def autocasts(self) -> bool:
+        return self.mixed and self.compute_dtype == torch.float32
+
+    @property
+    def state_size(self) -> int:
+        """Bytes that the optimizer keeps per trained parameter; under DeepSpeed also the parameter in float32."""
+        states = next((count for name, count in STATES.items() if name in self.optim), 2)
+        deepspeed = self.sharding.engine == "deepspeed"
+        each = 1 if "8bit" in self.optim else 4 if deepspeed else self.stored_size
+        return states * each + 4 * deepspeed
+
+    def shards(self, stage: int) -> int:
+        """Return over how many devices the part that a ZeRO stage shards is spread."""
+        return self.sharding.processes if self.sharding.stage >= stage else 1
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the gradients stay whole on the device until the step."""
+        return self.shards(2) == 1 and self.sharding.engine != "fsdp"
