@@ -234,15 +234,15 @@ class TestJobs:
             os.kill(int(row.error.splitlines()[-1]), 0)
 
     def test_as_many_jobs_run_at_a_time_as_there_are_devices_each_on_its_own(self, tmp_path, stand_in):
-        stand_in(WRITE_RESULTS + "time.sleep(0.5)")
+        stand_in(WRITE_RESULTS + "print(time.time())\ntime.sleep(0.5)\nprint(time.time())")
         jobs = BenchmarkJobs(tmp_path, devices=["2", "5"])
         for step in (1, 2, 3):
             jobs.submit(find_benchmark("arithmetic"), "org/model", step)
-        jobs.poll()
-        assert [job.device for job in jobs.running] == ["2", "5"] and len(jobs.waiting) == 1
-        rows = jobs.wait()
-        assert sorted(row.step for row in rows) == [1, 2, 3]
-        assert "device 5" in (tmp_path / "benchmarks" / "000000002" / "arithmetic" / "log.txt").read_text()
+        assert sorted(row.step for row in jobs.wait()) == [1, 2, 3]
+        logs = [(tmp_path / f"benchmarks/00000000{step}/arithmetic/log.txt").read_text() for step in (1, 2, 3)]
+        assert "device 2" in logs[0] and "device 5" in logs[1]
+        (_, end1), (start2, end2), (start3, _) = [map(float, log.splitlines()[1:]) for log in logs]
+        assert start2 < end1 and start3 > min(end1, end2)
 
     def test_step_with_scores_is_not_run_again_and_one_that_failed_is(self, tmp_path, stand_in):
         arithmetic = find_benchmark("arithmetic")

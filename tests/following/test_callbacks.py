@@ -282,7 +282,7 @@ def test_benchmarks_beside_training_are_in_the_trackers_before_it_ends(tiny, tmp
 
     class Watch(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
-            wait_for(lambda: all(job.process.poll() is not None for job in callback.jobs.running))
+            wait_for(lambda: all(result.ready() for _, result in callback.jobs.unfinished))
 
         def on_train_end(self, args, state, control, **kwargs):
             logged.extend(log["step"] for log in state.log_history if "eval_bench_arithmetic_acc" in log)

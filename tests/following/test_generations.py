@@ -29,7 +29,7 @@ from tunebook.data.rendering import RenderSettings
 from tunebook.following import build_callbacks
 from tunebook.following.generations import (
     generate,
-    load_metric,
+    import_object,
     load_prompts,
     preserved_random_state,
     render_prompts,
@@ -148,12 +148,12 @@ class TestSettings:
     def test_metric_is_imported_from_the_working_directory(self, tmp_path, monkeypatch):
         (tmp_path / "my_scores.py").write_text("def length(samples, prompts, outputs):\n    return {'length': [1]}\n")
         monkeypatch.chdir(tmp_path)
-        assert load_metric("my_scores:length")([], [], []) == {"length": [1]}
+        assert import_object("eval_metrics", "my_scores:length")([], [], []) == {"length": [1]}
 
     @pytest.mark.parametrize("name", ["no_such_module:f", "json:no_such_function", "json"])
     def test_metric_that_cannot_be_imported_is_refused_by_name(self, name):
         with pytest.raises(ValueError, match=name):
-            load_metric(name)
+            import_object("eval_metrics", name)
 
 
 class TestOutputs:

@@ -3,6 +3,7 @@
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -266,44 +267,50 @@ def test_xet_is_used_where_the_hub_offers_it(tmp_path, monkeypatch):
     assert server.lfs == {} and server.repos[REPO].files("v1") == MODEL
 
 
+def check(api: HfApi, revision: str = "v1", **changes) -> None:
+    keys = {"hub_model_id": REPO, "hub_revision": revision, "hub_private_repo": None, "hub_push_to_main": False}
+    keys |= {"overwrite_hub_revision": False, "hub_push_failure": "warn"}
+    check_hub_revision(api, SimpleNamespace(**keys | changes))
+
+
 class TestCheck:
     def test_free_revisions_pass(self, server, api, tmp_path):
-        check_hub_revision(api, REPO, "v1")  # no repository yet
+        check(api)  # no repository yet
         stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
         push_model(api, tmp_path / "model", REPO, "v1", "first", None)
         api.create_branch(REPO, branch="empty")
-        check_hub_revision(api, REPO, "v2", push_to_main=True)
-        check_hub_revision(api, REPO, "empty")
+        check(api, "v2", hub_push_to_main=True)
+        check(api, "empty")
 
     @pytest.mark.parametrize("taken", ["v1", step_revision("v1", 5), "main"])
     def test_revision_that_holds_a_model_is_refused_by_name_unless_overwritten(self, server, api, tmp_path, taken):
         stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
         push_model(api, tmp_path / "model", REPO, taken, "first", None)
         with pytest.raises(ValueError, match=f"Revision {taken} of org/model already holds a model"):
-            check_hub_revision(api, REPO, "v1", push_to_main=True)
-        check_hub_revision(api, REPO, "v1", push_to_main=True, overwrite=True)
+            check(api, hub_push_to_main=True)
+        check(api, hub_push_to_main=True, overwrite_hub_revision=True)
 
     def test_no_token_is_refused(self, server):
         with pytest.raises(ValueError, match="no Hub token"):
-            check_hub_revision(HfApi(endpoint=server.url), REPO, "v1")
+            check(HfApi(endpoint=server.url))
 
     def test_token_that_may_only_read_is_refused(self, server):
         with pytest.raises(ValueError, match="may only read"):
-            check_hub_revision(HfApi(endpoint=server.url, token="hf_read"), REPO, "v1")
+            check(HfApi(endpoint=server.url, token="hf_read"))
 
     def test_unknown_token_is_refused(self, server):
         with pytest.raises(ValueError, match="refused"):
-            check_hub_revision(HfApi(endpoint=server.url, token="hf_mistyped"), REPO, "v1")
+            check(HfApi(endpoint=server.url, token="hf_mistyped"))
 
     def test_public_repo_is_refused_when_private_was_asked_for(self, server, api):
         api.create_repo(REPO, private=False)
         with pytest.raises(ValueError, match="public"):
-            check_hub_revision(api, REPO, "v1", private=True)
-        check_hub_revision(api, REPO, "v1")
+            check(api, hub_private_repo=True)
+        check(api)
 
     def test_hub_that_is_down_is_a_warning_or_an_error_as_asked(self, caplog):
         api = HfApi(endpoint="http://127.0.0.1:9", token="hf_write")
-        check_hub_revision(api, REPO, "v1")
+        check(api)
         assert "cannot be reached" in caplog.text
         with pytest.raises(ConnectionError):
-            check_hub_revision(api, REPO, "v1", must_reach=True)
+            check(api, hub_push_failure="raise")

@@ -11,8 +11,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
@@ -29,6 +30,7 @@ from .trackers import log_at_step
 logger = logging.getLogger(__name__)
 
 LOG_TAIL = 20  # lines
+SLURM_JOBS = 64  # submitted at a time
 
 
 def find_benchmark(name: str) -> Path:
@@ -124,20 +126,8 @@ def read_scores(output_path: Path, tasks: Sequence[str]) -> tuple[Scores, Scores
     return scores, errors
 
 
-@dataclass
-class Job:
-    """A benchmark that waits or runs. `row` is filled in when it ends; `folder` gets its log and results."""
-
-    benchmark: Path
-    row: BenchmarkRow
-    folder: Path
-    process: subprocess.Popen | None = None
-    device: str | None = None
-    start: float = 0.0
-
-
 class BenchmarkJobs:
-    """Runs benchmarks, one per device at a time, or all at once by Slurm. `poll` starts them and collects their rows.
+    """Runs benchmarks in threads: locally one per device at a time, else as many Slurm jobs.
 
     Args:
         output_dir: folder of the run. Results and logs go to `benchmarks/<step>/<benchmark>/`, rows to
@@ -151,13 +141,15 @@ class BenchmarkJobs:
         self.folder = Path(output_dir).resolve() / "benchmarks"
         self.rows_file = Path(output_dir) / ROWS_FILE
         self.launcher, self.timeout = launcher, timeout
-        self.devices: list[str | None] = list(devices) or [None]
-        self.waiting: list[Job] = []
-        self.running: list[Job] = []
+        self.free_devices: SimpleQueue[str | None] = SimpleQueue()
+        for device in [None] * SLURM_JOBS if launcher == "slurm" else devices or [None]:
+            self.free_devices.put(device)
+        self.pool = ThreadPool(self.free_devices.qsize())  # daemons: a run that ends early does not wait for them
+        self.unfinished: list[tuple[BenchmarkRow, AsyncResult]] = []
 
     @property
     def unfinished_steps(self) -> set[int | None]:
-        return {job.row.step for job in (*self.waiting, *self.running)}
+        return {row.step for row, _ in self.unfinished}
 
     def step_folder(self, step: int | None) -> Path:
         return self.folder / ("model" if step is None else f"{step:09d}")
@@ -173,66 +165,51 @@ class BenchmarkJobs:
         if revision is None and Path(model).exists():
             model = str(Path(model).resolve())  # a job has a working directory of its own
         row = BenchmarkRow(step, benchmark.stem, model, revision)
-        self.waiting.append(Job(benchmark, row, self.step_folder(step) / benchmark.stem))
+        self.unfinished.append((row, self.pool.apply_async(self._run, (benchmark, row))))
 
     def poll(self) -> list[BenchmarkRow]:
-        """Start what can be started; return the rows of what has ended since the last call, written to the file."""
-        ended = [job for job in self.running if job.process.poll() is not None or self._is_late(job)]
-        for job in ended:
-            self._end(job)
-        self.running = [job for job in self.running if job not in ended]
-        while self.waiting and (self.launcher == "slurm" or len(self.running) < len(self.devices)):
-            self._start(self.waiting.pop(0))
-        rows = [job.row for job in ended]
+        """Return the rows of what has ended since the last call, written to the file."""
+        rows = []
+        for row, result in list(self.unfinished):
+            if result.ready():
+                result.get()  # raises what the thread raised
+                self.unfinished.remove((row, result))
+                rows.append(row)
+                if row.status != "completed":
+                    logger.warning("Benchmark %s of %s %s:\n%s", row.benchmark, row.model, row.status, row.error)
         append_rows(self.rows_file, [vars(row) for row in rows])
         return rows
 
     def wait(self) -> list[BenchmarkRow]:
-        """Poll until nothing is left to run."""
-        rows = self.poll()
-        while self.running:
-            time.sleep(0.5)
-            rows += self.poll()
-        return rows
+        """Wait until nothing is left to run; return the rows."""
+        for _, result in self.unfinished:
+            result.wait()
+        return self.poll()
 
-    def _is_late(self, job: Job) -> bool:
-        return self.launcher == "local" and time.monotonic() - job.start > self.timeout
-
-    def _start(self, job: Job) -> None:
-        shutil.rmtree(job.folder, ignore_errors=True)
-        job.folder.mkdir(parents=True)
-        job.start = time.monotonic()
-        log = job.folder / "log.txt"
-        command = lm_eval_command(job.benchmark, job.row.model, job.folder, job.row.revision)
+    def _run(self, benchmark: Path, row: BenchmarkRow) -> None:
+        folder, device, timeout = self.step_folder(row.step) / row.benchmark, self.free_devices.get(), self.timeout
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        log, start = folder / "log.txt", time.monotonic()
+        command = lm_eval_command(benchmark, row.model, folder, row.revision)
         if self.launcher == "slurm":
-            command = sbatch_command(command, f"benchmark-{job.row.benchmark}-{job.row.step}", log, self.timeout)
-        else:
-            busy = [other.device for other in self.running]
-            job.device = next(device for device in self.devices if device not in busy)
-        environment = without_launcher(os.environ, job.device)
-        # In the process group of the training, so that what ends the training ends the benchmark
-        with log.open("ab") as stream:
-            job.process = subprocess.Popen(
-                command, cwd=job.benchmark.parent, env=environment, stdout=stream, stderr=subprocess.STDOUT
-            )
-        self.running.append(job)
-
-    def _end(self, job: Job) -> None:
-        row = job.row
-        row.seconds = round(time.monotonic() - job.start, 1)
-        if job.process.returncode is None:
-            job.process.kill()
-            job.process.wait()
-            row.status, row.error = "timed out", f"ran for more than {self.timeout} s"
-        else:
+            command, timeout = sbatch_command(command, f"benchmark-{row.benchmark}-{row.step}", log, timeout), None
+        options = {"cwd": benchmark.parent, "env": without_launcher(os.environ, device), "timeout": timeout}
+        try:
+            # In the process group of the training, so that what ends the training ends the benchmark
+            with log.open("ab") as stream:
+                done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, **options)
             try:
-                row.scores, row.stderr = read_scores(job.folder, benchmark_tasks(job.benchmark))
+                row.scores, row.stderr = read_scores(folder, benchmark_tasks(benchmark))
             except FileNotFoundError:
-                row.status, row.error = "failed", f"exit code {job.process.returncode}"
+                row.status, row.error = "failed", f"exit code {done.returncode}"
+        except subprocess.TimeoutExpired:
+            row.status, row.error = "timed out", f"ran for more than {timeout} s"
+        finally:
+            self.free_devices.put(device)
+        row.seconds = round(time.monotonic() - start, 1)
         if row.status != "completed":
-            log = (job.folder / "log.txt").read_text(errors="replace")
-            row.error = "\n".join([row.error, *log.splitlines()[-LOG_TAIL:]])
-            logger.warning("Benchmark %s of %s %s:\n%s", row.benchmark, row.model, row.status, row.error)
+            row.error = "\n".join([row.error, *log.read_text(errors="replace").splitlines()[-LOG_TAIL:]])
 
 
 def run_benchmarks(
@@ -272,11 +249,11 @@ class BenchmarkCallback(TrainerCallback):
         self.jobs = BenchmarkJobs(
             Path(args.output_dir), args.benchmark_launcher, args.benchmark_devices, args.benchmark_timeout
         )
-        self.unpushed: list[int] = []  # steps whose jobs wait for their push
         self.evaluated_step: int | None = None
-        if trainer.is_world_process_zero():
-            for step in sorted(self._staged_steps()):  # what an earlier process of this run did not get to
-                self._submit(step)
+        # Steps whose jobs wait for the end of training or for their push; first what an earlier process left
+        self.held = sorted(self._staged_steps()) if trainer.is_world_process_zero() else []
+        if self.schedule != "after":
+            self._submit_held(is_last=True)
 
     @staticmethod
     def validate(args: CausalLMConfig) -> None:
@@ -307,7 +284,7 @@ class BenchmarkCallback(TrainerCallback):
             if state.is_world_process_zero:
                 for row in self._poll():
                     scores |= row.tracker_scores()
-                message = [(bool(self.jobs.unfinished_steps), scores)]
+                message = [(bool(self.jobs.unfinished), scores)]
             [(busy, scores)] = broadcast_object_list(message)
         metrics |= scores
         best = f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}"
@@ -322,10 +299,9 @@ class BenchmarkCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
         shutil.rmtree(self._staged(step), ignore_errors=True)
         stage_model(checkpoint, self._staged(step))
-        if self.push and not (checkpoint / "adapter_config.json").exists():
-            self.unpushed.append(step)
-        else:
-            self._submit(step)
+        self.held.append(step)
+        if self.schedule == "beside":
+            self._submit_held()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.schedule == "beside" and state.is_world_process_zero:
@@ -337,11 +313,11 @@ class BenchmarkCallback(TrainerCallback):
         step = state.best_global_step if args.load_best_model_at_end else state.global_step
         if self.push:
             self.push.uploads.wait()
-        self._submit_pushed(is_last=True)
+        self._submit_held(is_last=True)
         if step not in self.jobs.unfinished_steps:
             for benchmark in self.benchmarks:
                 self.jobs.submit(benchmark, str(model_folder), step)
-        while self.jobs.unfinished_steps:
+        while self.jobs.unfinished:
             self._poll()
             time.sleep(0.5)
         self._delete_staged()
@@ -355,7 +331,7 @@ class BenchmarkCallback(TrainerCallback):
         return {int(folder.parent.name) for folder in self.jobs.folder.glob("*/model")}
 
     def _delete_staged(self) -> None:
-        for step in self._staged_steps() - {*self.unpushed, *self.jobs.unfinished_steps}:
+        for step in self._staged_steps() - {*self.held, *self.jobs.unfinished_steps}:
             shutil.rmtree(self._staged(step))
 
     def _submit(self, step: int, revision: str | None = None) -> None:
@@ -363,19 +339,20 @@ class BenchmarkCallback(TrainerCallback):
         for benchmark in self.benchmarks:
             self.jobs.submit(benchmark, model, step, revision)
 
-    def _submit_pushed(self, is_last: bool = False) -> None:
-        for step in list(self.unpushed):
-            revision = step_revision(self.trainer.args.hub_revision, step)
-            if revision in self.push.uploads.pushed:
+    def _submit_held(self, is_last: bool = False) -> None:
+        for step in list(self.held):
+            revision = step_revision(self.trainer.args.hub_revision or "", step)
+            by_revision = self.push is not None and not (self._staged(step) / "adapter_config.json").exists()
+            if by_revision and revision in self.push.uploads.pushed:
                 self._submit(step, revision)
-            elif is_last or revision in self.push.uploads.refused:
+            elif not by_revision or is_last or revision in self.push.uploads.refused:
                 self._submit(step)
             else:
                 continue
-            self.unpushed.remove(step)
+            self.held.remove(step)
 
     def _poll(self) -> list[BenchmarkRow]:
-        self._submit_pushed()
+        self._submit_held()
         rows = self.jobs.poll()
         for row in rows:
             if row.scores:

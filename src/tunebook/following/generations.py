@@ -72,30 +72,21 @@ def load_prompts(eval_prompts: Sequence[str], columns: Mapping[str, Sequence[Pro
     return prompts
 
 
-def import_object(key: str, name: str) -> Any:
-    """Import `package.module:object`, also from the working directory.
+def import_object(key: str, name: str) -> Callable:
+    """Import a function or class `package.module:name`, also from the working directory.
 
     Raises:
-        ValueError: it cannot be imported; names the recipe's `key`.
+        ValueError: it cannot be imported or called; names the recipe's `key`.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
-        return pkgutil.resolve_name(name)
+        found = pkgutil.resolve_name(name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ValueError(f"`{key}`: {name} cannot be imported as module:name ({error!r}).") from error
-
-
-def load_metric(name: str) -> Metric:
-    """Import a metric.
-
-    Raises:
-        ValueError: it cannot be imported, or is not a function.
-    """
-    metric = import_object("eval_metrics", name)
-    if not callable(metric):
-        raise ValueError(f"`eval_metrics`: {name} is not a function.")
-    return metric
+    if not callable(found):
+        raise ValueError(f"`{key}`: {name} is not a function or class.")
+    return found
 
 
 def sweep(generation_kwargs: Mapping[str, Any]) -> tuple[str | None, list[dict[str, Any]]]:
@@ -234,7 +225,7 @@ class GenerationCallback(TrainerCallback):
         self.texts = render_prompts(prompts, render_settings(trainer, script))
         self.prompts = [p if isinstance(p, str) else text for p, text in zip(prompts, self.texts, strict=True)]
         self.has_special_tokens = bool(script.apply_chat_template) or not isinstance(prompts[0], str)
-        self.metrics = [load_metric(name) for name in args.eval_metrics]
+        self.metrics = [import_object("eval_metrics", name) for name in args.eval_metrics]
         self.sweep_key, self.settings = sweep(args.eval_generation_kwargs or {})
         self.step: int | None = None
 
@@ -250,7 +241,7 @@ class GenerationCallback(TrainerCallback):
         if unknown := set(generation_kwargs) - set(GenerationConfig().to_dict()):
             raise ValueError(f"`eval_generation_kwargs`: GenerationConfig has no {', '.join(sorted(unknown))}.")
         for name in args.eval_metrics:
-            load_metric(name)
+            import_object("eval_metrics", name)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.global_step == self.step:  # of several evaluation sets, the first

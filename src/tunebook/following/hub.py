@@ -43,36 +43,32 @@ def step_revision(revision: str, step: int) -> str:
     return f"{revision}-step-{step:09d}"
 
 
-def check_hub_revision(
-    api: HfApi,
-    repo_id: str,
-    revision: str,
-    *,
-    push_to_main: bool = False,
-    private: bool | None = None,
-    overwrite: bool = False,
-    must_reach: bool = False,
-) -> None:
+def check_hub_revision(api: HfApi, args: RunConfig) -> None:
     """Refuse, before anything is loaded, pushes that the Hub would refuse or that would overwrite a model.
 
     A revision is taken when it, or one of its step revisions, holds a model; an empty branch is free. A Hub that cannot
-    be reached is an error if `must_reach`, else a warning, as the checkpoints will wait on disk.
+    be reached is an error with `hub_push_failure: raise`, else a warning, as the checkpoints will wait on disk.
 
     Raises:
-        ValueError: there is no token, it may not write, the revision is taken and `overwrite` is false, or the
-            repository is public while `private` is true.
-        ConnectionError: the Hub cannot be reached and `must_reach` is true.
+        ValueError: there is no token, it may not write, the revision is taken and not to be overwritten, or the
+            repository is public while `hub_private_repo` is true.
+        ConnectionError: the Hub cannot be reached and `hub_push_failure` is "raise".
     """
+    repo_id, revision = args.hub_model_id, args.hub_revision
     try:
         if api.whoami()["auth"].get("accessToken", {}).get("role") == "read":
             raise ValueError(f"The Hub token may only read, so nothing can be pushed to {repo_id}. Use a write token.")
-        if private and not api.repo_info(repo_id).private:
+        if args.hub_private_repo and not api.repo_info(repo_id).private:
             raise ValueError(
                 f"{repo_id} is public, but `hub_private_repo` is true. Make it private, or change `hub_model_id`."
             )
-        branches = [] if overwrite else [branch.name for branch in api.list_repo_refs(repo_id).branches]
+        branches = (
+            [] if args.overwrite_hub_revision else [branch.name for branch in api.list_repo_refs(repo_id).branches]
+        )
         for name in sorted(branches):
-            ours = name == revision or name.startswith(f"{revision}-step-") or (push_to_main and name == "main")
+            ours = (
+                name == revision or name.startswith(f"{revision}-step-") or (args.hub_push_to_main and name == "main")
+            )
             if ours and {"config.json", "adapter_config.json"} & set(api.list_repo_files(repo_id, revision=name)):
                 raise ValueError(
                     f"Revision {name} of {repo_id} already holds a model. Choose another `hub_revision`, or set "
@@ -85,7 +81,7 @@ def check_hub_revision(
     except (httpx2.HTTPError, OSError) as error:
         if is_refusal(error):
             raise ValueError(f"The Hub refused a request about {repo_id}: {error}") from error
-        if must_reach:
+        if args.hub_push_failure == "raise":
             raise ConnectionError(f"The Hub cannot be reached: {error}") from error
         logger.warning(
             "The Hub cannot be reached (%s), so whether %s of %s is free is unknown. Checkpoints will wait on disk.",
@@ -317,15 +313,7 @@ class PushToHubRevisionCallback(TrainerCallback):
                 f"{args.output_dir} holds models of an earlier run that are not on the Hub. Push them (tunebook push "
                 f"{args.output_dir}), remove {pending}, or choose another `output_dir`."
             )
-        check_hub_revision(
-            HfApi(),
-            args.hub_model_id,
-            args.hub_revision,
-            push_to_main=args.hub_push_to_main,
-            private=args.hub_private_repo,
-            overwrite=args.overwrite_hub_revision,
-            must_reach=args.hub_push_failure == "raise",
-        )
+        check_hub_revision(HfApi(), args)
 
     def on_save(self, args, state, control, **kwargs):
         step = state.global_step
