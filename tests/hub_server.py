@@ -268,6 +268,14 @@ class HubServer:
         return 200, {}, {"success": True, "commitOid": sha, "commitUrl": f"{self.url}/{repo.id}/commit/{sha}"}
 
 
+def reach_loopback(monkeypatch) -> None:
+    """Let huggingface_hub reach a Hub on loopback, without Xet, and shorten the delays."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("tunebook.following.hub.MAX_DELAY", 0.01)
+    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
+
+
 class Handler(BaseHTTPRequestHandler):
     hub: HubServer
     protocol_version = "HTTP/1.1"

@@ -1,38 +1,31 @@
 """One command: every checkpoint on its own revision, benchmarked, with generations beside it; Hub slow, then down."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, launch, options
+from conftest import ROOT, launch, options, short_recipe
 from hub_server import HubServer
 
+from tunebook.files import read_rows
+
 pytestmark = pytest.mark.slow
+EVALUATED = {
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "test_split_size": 8,
+    "benchmarks": ["arithmetic_choice"],
+    "eval_prompts": ["what is 2 plus 3?", "what is 1 plus 1?"],
+    "eval_generation_kwargs": {"max_new_tokens": 4},
+    "eval_metrics": ["generation_metrics:length"],
+}
 
 
-def recipe(tiny, rows, output_dir) -> dict:
-    return {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 6,
-        "save_steps": 2,
-        "save_total_limit": 1,
-        "eval_strategy": "steps",
-        "eval_steps": 2,
-        "test_split_size": 8,
-        "callbacks": ["push_to_hub_revision"],
-        "hub_model_id": "me/notes",
-        "hub_revision": "v1",
-        "benchmarks": ["arithmetic_choice"],
-        "eval_prompts": ["what is 2 plus 3?", "what is 1 plus 1?"],
-        "eval_generation_kwargs": {"max_new_tokens": 4},
-        "eval_metrics": ["generation_metrics:length"],
-        "disable_tqdm": True,
-    }
+def recipe(tiny, rows, output_dir, **changes) -> dict:
+    keys = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    keys |= {"callbacks": ["push_to_hub_revision"], "hub_model_id": "me/notes", "hub_revision": "v1"}
+    return short_recipe(tiny, rows, output_dir, **keys, **changes)
 
 
 def environment(endpoint: str, folder) -> dict[str, str]:
@@ -48,7 +41,7 @@ def test_a_slow_hub_gets_three_revisions_with_scores_and_generations(tiny, sft_r
     with HubServer() as hub:
         hub.delay("/preupload/", 0.4)
         env = environment(hub.url, tmp_path)
-        done = launch("src/sft.py", *options(recipe(tiny, sft_rows, tmp_path / "o")), env=env)
+        done = launch("src/sft.py", *options(recipe(tiny, sft_rows, tmp_path / "o", **EVALUATED)), env=env)
         assert done.returncode == 0, done.stderr[-4000:]
         load = (
             "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
@@ -57,9 +50,9 @@ def test_a_slow_hub_gets_three_revisions_with_scores_and_generations(tiny, sft_r
         revisions = [f"v1-step-{step:09d}" for step in (2, 4, 6)] + ["v1"]
         subprocess.run([sys.executable, "-c", load, *revisions], env=env, check=True, timeout=120)
     assert [path.name for path in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-6"]
-    rows = [json.loads(line) for line in (tmp_path / "o" / "benchmarks.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "o" / "benchmarks.jsonl")
     assert [(row["step"], row["status"]) for row in rows] == [(2, "completed"), (4, "completed"), (6, "completed")]
-    generations = [json.loads(line) for line in (tmp_path / "o" / "generations.jsonl").read_text().splitlines()]
+    generations = read_rows(tmp_path / "o" / "generations.jsonl")
     assert {row["step"] for row in generations} == {2, 4, 6}
     card = (tmp_path / "o" / "README.md").read_text()
     assert "## Benchmarks" in card and "model-index" in card and "## Recipe" in card
@@ -68,11 +61,8 @@ def test_a_slow_hub_gets_three_revisions_with_scores_and_generations(tiny, sft_r
 def test_a_hub_that_is_down_stops_nothing_and_the_run_says_what_to_push(tiny, sft_rows, tmp_path):
     with HubServer() as hub:
         url = hub.url
-    keys = recipe(tiny, sft_rows, tmp_path / "o")
-    for name in [name for name in keys if name.startswith(("eval_", "bench", "test_"))]:
-        del keys[name]
     env = environment(url, tmp_path)
-    done = launch("src/sft.py", *options(keys), env=env)
+    done = launch("src/sft.py", *options(recipe(tiny, sft_rows, tmp_path / "o")), env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "v1-step-000000002" in done.stderr and f"tunebook push {tmp_path / 'o'}" in done.stderr
     with HubServer() as hub:

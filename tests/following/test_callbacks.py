@@ -7,7 +7,6 @@ This file is also the script that the distributed test launches: tests/test_call
 import os
 import sys
 import time
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -15,23 +14,16 @@ import pytest
 import torch
 import yaml
 from conftest import launch
-from datasets import Dataset
-from hub_server import HubServer
+from hub_server import HubServer, reach_loopback
 from huggingface_hub import HfApi
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from plain_trainer import make_trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
 
 from tunebook.files import read_rows
 from tunebook.following import benchmarks, build_callbacks, finish_callbacks, hub
 from tunebook.following.pairs import PairAccuracyCallback
 from tunebook.following.trackers import set_wandb_environment
-from tunebook.recipe.configs import CausalLMConfig, ScriptArguments
+from tunebook.recipe.configs import ScriptArguments
 
 REPO = "org/model"
 PUSH = {"push_to_hub_revision": True, "hub_model_id": REPO, "hub_revision": "v1"}
@@ -66,12 +58,8 @@ def stand_in_command(failing: int, models: list, benchmark, model, output_path, 
 
 
 @pytest.fixture(autouse=True)
-def plain_hub(monkeypatch):
-    """The Hub on loopback may be reached; no Xet, short delays."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(hub, "MAX_DELAY", 0.05)
-    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.3)))
+def loopback(monkeypatch):
+    reach_loopback(monkeypatch)
 
 
 @pytest.fixture
@@ -113,33 +101,9 @@ def wait_for(condition) -> None:
         time.sleep(0.05)
 
 
-@dataclass
-class Arguments(CausalLMConfig, TrainingArguments):
-    """Our keys on transformers' trainer."""
-
-
-def make_trainer(model: Path, out: Path, **arguments) -> Trainer:
+def save_each_step(model: Path, out: Path, **arguments) -> Trainer:
     """Three steps, a checkpoint after each, of which only the last is kept."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = Dataset.from_list([{"input_ids": tokenizer(f"Question: What is {i} + 2?").input_ids} for i in range(8)])
-    defaults = {"use_cpu": True, "save_strategy": "steps", "save_steps": 1, "save_total_limit": 1, "max_steps": 3}
-    args = Arguments(
-        output_dir=str(out),
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        report_to="none",
-        disable_tqdm=True,
-        bf16=False,
-        **{**defaults, **arguments},
-    )
-    return Trainer(
-        model=AutoModelForCausalLM.from_pretrained(model),
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows,
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
-    )
+    return make_trainer(model, out, save_strategy="steps", save_steps=1, save_total_limit=1, **arguments)
 
 
 def run(trainer: Trainer, resume_from_checkpoint: str | None = None) -> dict:
@@ -167,7 +131,7 @@ def test_slow_hub_gets_every_checkpoint_though_only_one_is_kept_and_the_card_sho
 ):
     lm_eval()
     server.delay("/preupload/", 0.5)
-    trainer = make_trainer(tiny, tmp_path / "out", logging_steps=1, **ARITHMETIC, hub_push_to_main=True, **PUSH)
+    trainer = save_each_step(tiny, tmp_path / "out", logging_steps=1, **ARITHMETIC, hub_push_to_main=True, **PUSH)
     weights = run(trainer)
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-3"]
     for step in (1, 2, 3):
@@ -193,7 +157,7 @@ def test_hub_that_is_down_all_the_time_does_not_stop_the_run_which_says_what_to_
 ):
     models = lm_eval()
     monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    trainer = make_trainer(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
+    trainer = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
     weights = run(trainer)
     assert trainer.state.global_step == 3 and len(models) == 3
     for revision in ("v1", "v1-step-000000001", "v1-step-000000002", "v1-step-000000003"):
@@ -207,7 +171,7 @@ def test_hub_that_is_down_all_the_time_does_not_stop_the_run_which_says_what_to_
 
 def test_refused_push_ends_the_run_at_the_next_save_if_asked(tiny, tmp_path, server):
     server.fail("/commit/", 403)
-    trainer = make_trainer(tiny, tmp_path / "out", hub_push_failure="raise", **PUSH)
+    trainer = save_each_step(tiny, tmp_path / "out", hub_push_failure="raise", **PUSH)
     [push] = build_callbacks(trainer, ScriptArguments())
 
     class Wait(TrainerCallback):
@@ -224,7 +188,7 @@ def test_refused_push_ends_the_run_at_the_next_save_if_asked(tiny, tmp_path, ser
 
 def test_push_that_fails_to_the_end_makes_the_run_fail_if_asked(tiny, tmp_path, server):
     server.fail("/api/repos/create", 503)
-    trainer = make_trainer(tiny, tmp_path / "out", hub_push_failure="raise", **PUSH)
+    trainer = save_each_step(tiny, tmp_path / "out", hub_push_failure="raise", **PUSH)
     with pytest.raises(RuntimeError, match=r"4 revision\(s\) were not pushed"):
         run(trainer)
     assert trainer.state.global_step == 3
@@ -235,7 +199,7 @@ def test_resumed_run_pushes_and_benchmarks_what_the_killed_one_did_not_and_nothi
 ):
     lm_eval()
     server.fail("/commit/v1-step-000000002", 503)
-    killed = make_trainer(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
+    killed = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
     callbacks = build_callbacks(killed, ScriptArguments())
 
     class Kill(TrainerCallback):
@@ -254,7 +218,7 @@ def test_resumed_run_pushes_and_benchmarks_what_the_killed_one_did_not_and_nothi
     assert server.repos[REPO].files("v1-step-000000002") == set()
 
     server.faults.clear()
-    resumed = make_trainer(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
+    resumed = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
     run(resumed, str(tmp_path / "out" / "checkpoint-2"))
     assert "model.safetensors" in server.repos[REPO].files("v1-step-000000002")
     assert server.repos[REPO].branches["v1-step-000000001"] == pushed
@@ -267,7 +231,7 @@ def test_failing_benchmark_is_reported_and_stops_neither_training_nor_the_others
     tiny, tmp_path, lm_eval, caplog, schedule
 ):
     lm_eval(failing=2)
-    trainer = make_trainer(tiny, tmp_path / "out", **ARITHMETIC, benchmark_schedule=schedule)
+    trainer = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, benchmark_schedule=schedule)
     run(trainer)
     rows = read_rows(tmp_path / "out" / "benchmarks.jsonl")
     assert [(row["step"], row["status"]) for row in rows] == [(1, "completed"), (2, "failed"), (3, "completed")]
@@ -276,7 +240,7 @@ def test_failing_benchmark_is_reported_and_stops_neither_training_nor_the_others
 
 def test_benchmarks_beside_training_are_in_the_trackers_before_it_ends(tiny, tmp_path, lm_eval):
     lm_eval()
-    trainer = make_trainer(tiny, tmp_path / "out", **ARITHMETIC, benchmark_schedule="beside")
+    trainer = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, benchmark_schedule="beside")
     [callback] = build_callbacks(trainer, ScriptArguments())
     logged = []
 
@@ -302,14 +266,14 @@ class TestFromTheHub:
 
     def test_pushed_checkpoint_is_benchmarked_at_its_revision(self, tiny, tmp_path, server, lm_eval):
         models = lm_eval()
-        run(make_trainer(tiny, tmp_path / "out", **ARITHMETIC, benchmark_launcher="slurm", **PUSH))
+        run(save_each_step(tiny, tmp_path / "out", **ARITHMETIC, benchmark_launcher="slurm", **PUSH))
         assert sorted(models) == [(REPO, f"v1-step-{step:09d}") for step in (1, 2, 3)]
 
     def test_checkpoint_whose_push_failed_is_benchmarked_from_its_folder(self, tiny, tmp_path, server, lm_eval):
         models = lm_eval()
         server.fail("/commit/v1-step-000000001", 403)
         server.fail("/commit/v1-step-000000002", 503)
-        run(make_trainer(tiny, tmp_path / "out", **ARITHMETIC, benchmark_launcher="slurm", **PUSH))
+        run(save_each_step(tiny, tmp_path / "out", **ARITHMETIC, benchmark_launcher="slurm", **PUSH))
         folders = {str(tmp_path / "out" / "benchmarks" / f"{step:09d}" / "model") for step in (1, 2)}
         assert {model for model, revision in models if revision is None} == folders
         assert [revision for _, revision in models if revision] == ["v1-step-000000003"]
@@ -322,7 +286,7 @@ class TestBestModel:
         self, tiny, tmp_path, lm_eval, failing, best
     ):
         lm_eval(failing)
-        trainer = make_trainer(tiny, tmp_path / "out", **ARITHMETIC, **BEST)
+        trainer = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, **BEST)
         weights = run(trainer)
         assert trainer.state.best_global_step == best
         final = trainer.model.state_dict()
@@ -340,7 +304,7 @@ class TestBestModel:
 
 
 def test_reward_model_is_benchmarked_by_subset_at_every_evaluation(tiny, tmp_path):
-    trainer = make_trainer(tiny, tmp_path / "out", eval_strategy="steps", eval_steps=1)
+    trainer = save_each_step(tiny, tmp_path / "out", eval_strategy="steps", eval_steps=1)
     sides = [("a", 3, 1), ("a", 1, 2), ("b", 5, 0)]
     pairs = [{"prompt": "p", "chosen": str(c), "rejected": str(r), "subset": s} for s, c, r in sides]
     score = lambda items: [float(completion) for _, completion in items]  # noqa: E731
@@ -363,7 +327,7 @@ def test_wandb_gets_the_recipe_s_settings_and_they_are_refused_where_they_would_
 if __name__ == "__main__":
     benchmarks.lm_eval_command = partial(stand_in_command, 0, [])
     options = {"use_cpu": False, "ddp_backend": "gloo", **ARITHMETIC, **BEST}
-    trainer = make_trainer(Path(sys.argv[1]), Path(sys.argv[2]), **options)
+    trainer = save_each_step(Path(sys.argv[1]), Path(sys.argv[2]), **options)
     run(trainer)
     best = f"{trainer.state.best_global_step} {trainer.state.best_metric}"
     Path(sys.argv[2], f"best-{trainer.args.process_index}").write_text(best)

@@ -6,7 +6,6 @@ This file is also the script that the distributed tests launch: tests/test_gener
 import json
 import random
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +13,13 @@ import pytest
 import torch
 from conftest import build_model, launch
 from datasets import Dataset
+from plain_trainer import make_trainer
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    DataCollatorForLanguageModeling,
-    GenerationConfig,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer
 
 from tunebook.data.rendering import RenderSettings
+from tunebook.files import read_rows
 from tunebook.following import build_callbacks
 from tunebook.following.generations import (
     generate,
@@ -36,7 +30,7 @@ from tunebook.following.generations import (
     sweep,
     trim,
 )
-from tunebook.recipe.configs import CausalLMConfig, ScriptArguments
+from tunebook.recipe.configs import ScriptArguments
 
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 PROMPTS = ["Question: What is 1 + 2?\nAnswer:", "Question", "3 is the answer to"]
@@ -49,46 +43,23 @@ def count_letters(samples, prompts, outputs):
     return {"letters": [len(output) for output in outputs]}
 
 
-@dataclass
-class Arguments(CausalLMConfig, TrainingArguments):
-    """Our keys on transformers' trainer."""
-
-
 def train(model: Path, out: Path, generation_kwargs: dict | None, **arguments) -> Trainer:
     """Two steps with dropout and an evaluation after each; generations if there are keyword arguments for them."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    rows = Dataset.from_list([{"input_ids": tokenizer(f"Question: What is {i} + 2?").input_ids} for i in range(16)])
-    args = Arguments(
-        output_dir=str(out),
-        per_device_train_batch_size=2,
-        per_device_eval_batch_size=2,
+    trainer = make_trainer(
+        model,
+        out,
         max_steps=2,
-        learning_rate=1e-2,
         eval_strategy="steps",
         eval_steps=1,
-        disable_tqdm=True,
-        bf16=False,
         eval_generation_kwargs=generation_kwargs,
         eval_metrics=["test_generations:count_letters"],
-        **{"report_to": "none", "save_strategy": "no", "use_cpu": True, **arguments},
-    )
-    trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(model),
-        args=args,
-        train_dataset=rows,
-        eval_dataset=rows.select(range(4)),
-        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
-        processing_class=tokenizer,
+        **arguments,
     )
     if generation_kwargs is not None:
         for callback in build_callbacks(trainer, ScriptArguments(), PROMPTS):
             trainer.add_callback(callback)
     trainer.train()
     return trainer
-
-
-def read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +179,13 @@ class TestTraining:
         assert not all(torch.equal(first[name], weights[0][name]) for name in first)
 
     def test_leaves_a_row_for_each_step_value_and_prompt(self, runs):
-        rows = read_jsonl(Path(runs[0].args.output_dir) / "generations.jsonl")
+        rows = read_rows(Path(runs[0].args.output_dir) / "generations.jsonl")
         expected = [(step, value, prompt) for step in (1, 2) for value in (0.5, 2.0) for prompt in PROMPTS]
         assert [(row["step"], row["temperature"], row["prompt"]) for row in rows] == expected
         assert all(row["letters"] == len(row["output"]) for row in rows)
 
     def test_logs_the_means_of_each_value_of_the_sweep(self, runs):
-        rows = read_jsonl(Path(runs[0].args.output_dir) / "generations.jsonl")
+        rows = read_rows(Path(runs[0].args.output_dir) / "generations.jsonl")
         logged = {log["step"]: log for log in runs[0].state.log_history if "eval_letters_temperature_2.0" in log}
         for step in (1, 2):
             values = [row["letters"] for row in rows if row["step"] == step and row["temperature"] == 2.0]
@@ -251,7 +222,7 @@ def test_two_processes_generate_what_one_does_and_train_as_without(model, tmp_pa
     weights = [load_file(tmp_path / name / "model.safetensors") for name in ("with", "without")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
-    rows = [row for row in read_jsonl(tmp_path / "with" / "generations.jsonl") if row["step"] == 2]
+    rows = [row for row in read_rows(tmp_path / "with" / "generations.jsonl") if row["step"] == 2]
     trained = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
     outputs = generate(trained, AutoTokenizer.from_pretrained(model), PROMPTS, batch_size=1, **GREEDY)
     assert [row["prompt"] for row in rows] == PROMPTS

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hub_server import HubServer
+from hub_server import HubServer, reach_loopback
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
@@ -27,14 +27,10 @@ MODEL = JSON_FILES | {"model.safetensors", "chat_template.jinja"}
 
 
 @pytest.fixture(autouse=True)
-def plain_lfs(monkeypatch, tmp_path):
-    """The Hub on loopback may be reached; no Xet, no token of the machine, short delays."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+def loopback(monkeypatch, tmp_path):
+    reach_loopback(monkeypatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr(hub, "MAX_DELAY", 0.01)
-    monkeypatch.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.5)))
 
 
 @pytest.fixture

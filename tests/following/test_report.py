@@ -7,10 +7,13 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from conftest import train
 from PIL import Image
 from typer.testing import CliRunner
 
+from tunebook import run_script
 from tunebook.errors import RecipeError
+from tunebook.files import append_rows, read_rows
 from tunebook.following.report import (
     draw_figures,
     new_figure,
@@ -20,8 +23,7 @@ from tunebook.following.report import (
     report_run,
     write_report,
 )
-from tunebook.recipe import parse
-from tunebook.scripts import dpo, rm, sft
+from tunebook.following.scores import BenchmarkRow
 from tunebook.tools.cli import app
 
 SCRIPT = "<script>alert(1)</script>"
@@ -32,25 +34,19 @@ def trainers(tiny, sft_rows, pair_rows, tmp_path_factory):
     """A run of each task, evaluated and saved every 2 steps of 4."""
     folder = tmp_path_factory.mktemp("runs")
     trained = {}
-    for task, main, rows in (("sft", sft.main, sft_rows), ("rm", rm.main, pair_rows), ("dpo", dpo.main, pair_rows)):
-        recipe = {
-            "model_name_or_path": str(tiny),
-            "dataset_name": str(rows),
-            "output_dir": str(folder / task),
-            "bf16": False,
-            "max_steps": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "logging_steps": 1,
-            "save_steps": 2,
-            "test_split_size": 8,
-            "eval_strategy": "steps",
-            "eval_steps": 2,
-        }
-        if task == "sft":
-            recipe |= {"eval_prompts": [SCRIPT, "what is 2 plus 2?"], "eval_on_start": True}
-            recipe |= {"eval_generation_kwargs": {"max_new_tokens": [3, 6], "do_sample": False}}
-        trained[task] = main(parse(task, recipe))
+    keys = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
+    keys |= {"test_split_size": 8, "eval_strategy": "steps", "eval_steps": 2}
+    for task, rows in (("sft", sft_rows), ("rm", pair_rows), ("dpo", pair_rows)):
+        extra = (
+            {}
+            if task != "sft"
+            else {
+                "eval_prompts": [SCRIPT, "what is 2 plus 2?"],
+                "eval_generation_kwargs": {"max_new_tokens": [3, 6], "do_sample": False},
+                "eval_on_start": True,
+            }
+        )
+        trained[task] = train(task, tiny, rows, folder / task, **keys, **extra)
     return folder, trained
 
 
@@ -129,7 +125,7 @@ def test_what_a_recipe_and_a_model_say_is_text(trainers):
 
 
 def test_generations_are_those_of_the_first_and_the_last_evaluation(trainers):
-    rows = [json.loads(line) for line in (trainers[0] / "sft" / "generations.jsonl").read_text().splitlines()]
+    rows = read_rows(trainers[0] / "sft" / "generations.jsonl")
     before, after = ([row["output"] for row in rows if row["step"] == step] for step in (0, 4))
     prompts = [f"{row['prompt']}\nmax_new_tokens {row['max_new_tokens']}" for row in rows if row["step"] == 0]
     header, *pairs = pair_generations(read_run(trainers[0] / "sft", "sft"))
@@ -204,18 +200,14 @@ def test_runs_are_compared_on_the_same_axes_with_the_keys_that_differ(run, tmp_p
 
 
 def test_scores_of_benchmarks_are_curves_with_their_errors(run):
-    common = {"benchmark": "sums", "model": "m", "revision": None, "status": "completed", "seconds": 1.0, "error": ""}
-    with (run / "benchmarks.jsonl").open("w") as file:
-        for step, score in ((2, 0.25), (4, 0.75), (None, 0.1)):
-            scores = {"scores": {"sums": {"acc": score}}, "stderr": {"sums": {"acc": 0.05}}}
-            file.write(json.dumps(common | {"step": step} | scores) + "\n")
+    for step, score in ((2, 0.25), (4, 0.75), (None, 0.1)):
+        row = BenchmarkRow(step, "sums", "m", scores={"sums": {"acc": score}}, stderr={"sums": {"acc": 0.05}})
+        append_rows(run / "benchmarks.jsonl", [vars(row)])
     axes = draw_figures([read_run(run, "sft")])["benchmark_sums_acc"].axes[0]
     assert [tuple(point) for point in axes.lines[0].get_xydata()] == [(2, 0.25), (4, 0.75)]
     [bars] = axes.collections
-    assert [segment[:, 1].tolist() for segment in bars.get_segments()] == [
-        pytest.approx([0.2, 0.3]),
-        pytest.approx([0.7, 0.8]),
-    ]
+    ends = [segment[:, 1].tolist() for segment in bars.get_segments()]
+    assert ends == [pytest.approx([0.2, 0.3]), pytest.approx([0.7, 0.8])]
 
 
 @pytest.mark.parametrize(("value", "text"), [(5e-5, "5e−05"), (0.1 + 0.2, "0.3"), (0.0, "0"), (12500.0, "12,500")])
@@ -226,7 +218,7 @@ def test_ticks_are_short(value, text):
 def test_where_a_run_was_resumed_is_told(run, tiny, sft_rows):
     recipe = json.loads((run / "record.json").read_text())["recipe"]
     del recipe["eval_prompts"], recipe["eval_generation_kwargs"]
-    sft.main(parse("sft", recipe | {"output_dir": str(run), "max_steps": 5}))
+    run_script("sft", recipe | {"output_dir": str(run), "max_steps": 5})
     assert json.loads((run / "checkpoint-5" / "manifest.json").read_text())["resumed_from"] == ["checkpoint-4"]
     page = (run / "report.html").read_text()
     assert "checkpoint-4" in page and "5 of 5" in page
