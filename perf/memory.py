@@ -1,9 +1,9 @@
-"""Peak memory of training steps on the CPU against tunebook.tools.memory's estimate of it.
+"""Compare the peak memory of training steps on the CPU with the estimate of tunebook.tools.memory.
 
-python perf/memory.py          every case; writes perf/results/memory-<machine>.json and the table of docs/preflight.md
-python perf/memory.py --docs   the table again, from perf/results
+python perf/memory.py          measure every case; write perf/results/memory-<machine>.json, docs/preflight.md's table
+python perf/memory.py --docs   write the table again, from perf/results
 
-A run is a process of its own; its memory is the most that it ever had (getrusage, ru_maxrss).
+Each run is a process of its own. Its memory is the peak of the whole process (getrusage, ru_maxrss).
 """
 
 import argparse
@@ -34,11 +34,11 @@ SIZES = {
     "10M": {},
     "55M": {"hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10},
 }
-ROWS = {"10M": 8, "55M": 4, "SmolLM2-135M": 2}  # a batch; half as many pairs
+ROWS = {"10M": 8, "55M": 4, "SmolLM2-135M": 2}  # per batch; for pairs half of it
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """Model and recipe keys of every run."""
+    """Yield the model and the recipe keys of every run."""
     for model, task, lora, checkpointing in itertools.product(
         (*SIZES, "SmolLM2-135M"), SCRIPTS, (False, True), (False, True)
     ):
@@ -53,7 +53,7 @@ def cases() -> Iterator[dict[str, Any]]:
 
 
 def run(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
-    """Two steps, the second with the optimizer's states, on the rows of one batch, so that both are as large."""
+    """Run two steps on the rows of one batch, so both have the same size. The second has optimizer states."""
     folder = Path(tempfile.mkdtemp(dir=folder))
     keys, draw = case["keys"], rows.gsm8k if case["task"] == "sft" else rows.gsm8k_preferences
     file = rows.write(draw(5 if "max_length" in keys else keys["per_device_train_batch_size"]), folder / "data")
@@ -67,7 +67,7 @@ def run(case: dict[str, Any], model: Path, folder: Path) -> dict[str, Any]:
 
 
 def batch_of(step: dict[str, Any], task: str, packed: bool) -> Batch:
-    """The shape of a measured batch, as perf/measure.py describes it."""
+    """Return the shape of a measured batch from what perf/measure.py wrote."""
     count, tokens, shared = len(step["lengths"]), sum(step["lengths"]), sum(step["shared"])
     scored = count if task == "rm" else step["scored"]
     if not packed:
@@ -76,7 +76,7 @@ def batch_of(step: dict[str, Any], task: str, packed: bool) -> Batch:
 
 
 def estimated(case: dict[str, Any], config) -> float:
-    """Bytes, of a case of the results."""
+    """Return the estimated bytes of a case of the results."""
     keys = {"model_name_or_path": "model", "dataset_name": "rows", "output_dir": "out", "bf16": False, "use_cpu": True}
     recipe = parse(case["task"], keys | case["keys"])
     workload = Workload.from_recipe(recipe, config, Batch(**case["batch"]), Sharding(), "cpu")
@@ -124,7 +124,7 @@ def sheet(results: dict[str, Any]) -> Sheet:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "models/SmolLM2-135M-Instruct")
-    parser.add_argument("--docs", action="store_true", help="measure nothing, write the table of docs/preflight.md")
+    parser.add_argument("--docs", action="store_true", help="measure nothing; write the table of docs/preflight.md")
     arguments = parser.parse_args(argv)
     if not arguments.docs:
         results = measure(arguments.model)

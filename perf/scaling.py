@@ -1,4 +1,4 @@
-"""Writes the numbers of the tables in docs/scaling.md anew, from what `tunebook check` estimates with:
+"""Write the numbers of the tables in docs/scaling.md again, from the estimate of `tunebook check`.
 
 python perf/scaling.py
 """
@@ -38,13 +38,13 @@ MODELS = {  # Llama-3.2-1B, Llama-3.1-8B, Qwen3-32B, Llama-3.1-70B
         **LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64
     ),
 }
-# One packed row of 8,192 tokens: all of them with a label, four pairs of which the last tokens are scored, or four
-# pairs of which half are answers
+# One packed row of 8,192 tokens. SFT: every token has a label. RM: four pairs, each side scored at its last token.
+# DPO: four pairs, half of whose tokens are answers.
 BATCHES = {task: Batch(1, 8192, scored, packed=True) for task, scored in {"sft": 8192, "rm": 8, "dpo": 4096}.items()}
 ROW = re.compile(r"\| (\d+B) \| (\d+) \| (full|LoRA|QLoRA) \| `(\w+)` \| (\w+) \|.*")
 CONTEXT_ROW = re.compile(r"\| (\d+B) \|( \d+ \|){4}")
 LENGTHS = (8192, 32768, 131072)
-ROOM = 40  # GB of activations, for which the last length is divided
+ROOM = 40  # GB of activations that a GPU has room for at the last length
 
 
 def adapter(task: str) -> LoraConfig:
@@ -53,7 +53,7 @@ def adapter(task: str) -> LoraConfig:
 
 
 def gigabytes(size: str, gpus: str, method: str, accelerate: str, reference: str, task: str) -> float:
-    """A GPU's memory at the peak of a step, as a row of the table describes the run."""
+    """Return the GB of one GPU at the peak of a step, for the run that a row of the table describes."""
     config: PreTrainedConfig = MODELS[size]
     workload = Workload(
         config,
@@ -78,7 +78,7 @@ def activations(size: str, length: int) -> float:
 
 
 def fill(line: str) -> str:
-    """A line of the page, with its numbers if it is a row of a table."""
+    """Return a line of the page, with new numbers if it is a row of a table."""
     if row := ROW.fullmatch(line):
         numbers = (f"{gigabytes(*row.groups(), task):.0f}" for task in BATCHES)
         return "| {} | {} | {} | `{}` | {} | ".format(*row.groups()) + " | ".join(numbers) + " |"
