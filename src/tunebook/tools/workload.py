@@ -37,34 +37,23 @@ class Batch:
 
 @dataclass(frozen=True)
 class Workload:
-    """All that the memory of a run depends on.
+    """All that the memory of a run depends on."""
 
-    Attributes:
-        config: with the length of the tokenizer as `vocab_size` where the embeddings are resized.
-        task: "sft", "rm" or "dpo".
-        device: "cuda" or "cpu".
-        dtype: the weights are loaded in it.
-        mixed: bf16 or fp16 computation. DeepSpeed keeps 16-bit weights then; everything else casts them.
-        bits: of the frozen matrices under an adapter (load_in_4bit, load_in_8bit).
-        accumulates: the gradients of earlier micro-batches are there when a batch begins.
-        reference: config of DPO's other model, where there is one during training.
-    """
-
-    config: PreTrainedConfig
+    config: PreTrainedConfig  # with the length of the tokenizer as `vocab_size` where the embeddings are resized
     task: str
     batch: Batch
     sharding: Sharding = Sharding()
-    device: str = "cuda"
-    dtype: str = "float32"
-    mixed: bool = False
-    bits: int = 16
+    device: str = "cuda"  # or cpu
+    dtype: str = "float32"  # that the weights are loaded in
+    mixed: bool = False  # bf16 or fp16: DeepSpeed keeps 16-bit weights then, everything else casts them
+    bits: int = 16  # of the frozen matrices under an adapter (load_in_4bit, load_in_8bit)
     peft_config: PeftConfig | None = None
     num_layers_unfrozen: int | None = None
     activation_checkpointing: bool = True
     activation_checkpointing_kwargs: dict[str, Any] | None = None
-    accumulates: bool = False
+    accumulates: bool = False  # so that the gradients of earlier micro-batches are there when a batch begins
     optim: str = "adamw_torch_fused"
-    reference: PreTrainedConfig | None = None
+    reference: PreTrainedConfig | None = None  # of DPO's other model, where there is one during training
     ref_offload: bool = False
 
     @classmethod
