@@ -10,16 +10,8 @@ from tunebook.data.sources import load_source
 from tunebook.errors import RecipeError
 from tunebook.recipe import TASKS, parse, parser, read_recipe
 from tunebook.tools.cli import app
-from tunebook.tools.migrate import (
-    DEFAULTS,
-    HANDBOOK,
-    OPENRLHF,
-    migrate,
-    migrate_command,
-    older_names,
-    share_of,
-    tables,
-)
+from tunebook.tools.conversions import CONVERSIONS, share_of
+from tunebook.tools.migrate import LAUNCH, list_keys, migrate, read_table, tables
 
 MIXTURE = """\
 # For one node of 8 GPUs
@@ -54,17 +46,11 @@ DOTTED = """\
 set -x
 read -r -d '' training_commands <<EOF
 openrlhf.cli.train_rm \\
-   --model.model_name_or_path org/sft \\
-   --ckpt.output_dir ./rm\\
-   --ckpt.save_steps 50 \\
-   --train.batch_size 256 --train.micro_batch_size 4 \\
-   --data.dataset org/pairs,my.jsonl@part --data.dataset_probs 0.4,1.2 \\
-   --data.apply_chat_template \\
-   --data.max_len 8192 \\
-   --adam.betas 0.9 0.99 \\
-   --eval.dataset org/eval --eval.steps -1 \\
-   --model.loss_type logexp --model.compute_fp32_loss_enable \\
-   --ds.packing_samples --ds.zero_stage 3 --ds.zpg 8
+   --model.model_name_or_path org/sft --ckpt.output_dir ./rm\\
+   --ckpt.save_steps 50 --train.batch_size 256 --train.micro_batch_size 4 \\
+   --data.dataset org/pairs,my.jsonl@part --data.dataset_probs 0.4,1.2 --data.apply_chat_template \\
+   --data.max_len 8192 --adam.betas 0.9 0.99 --eval.dataset org/eval --eval.steps -1 \\
+   --model.loss_type logexp --model.compute_fp32_loss_enable --ds.packing_samples --ds.zero_stage 3 --ds.zpg 8
 EOF
     # --logger.wandb.key [WANDB_TOKENS]
 deepspeed --module $training_commands
@@ -76,13 +62,12 @@ deepspeed --module openrlhf.cli.train_rm --pretrain org/sft --save_path ./rm --s
 --packing_samples --zero_stage 3 --zpg 8 2>&1 | tee log
 """
 SFT = "openrlhf.cli.train_sft --pretrain org/base --dataset my.jsonl "
-VALUES = {name: value for defaults in DEFAULTS.values() for name, value in defaults.items()}
+PLAIN, TURNS = {"prompt_template": "User: {}\nAssistant: "}, {"prompt_template": None}
 
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipes") / "sft" / "config.yaml"
-    path.parent.mkdir()
+    path = tmp_path_factory.mktemp("sft") / "sft.yaml"
     path.write_text(MIXTURE)
     return migrate(str(path))
 
@@ -109,10 +94,10 @@ def test_an_open_r1_recipe_parses_and_trains_with_the_same_numbers(mixture, tmp_
 
 def test_what_an_open_r1_recipe_loses_is_listed_with_the_reason(mixture):
     left = "\n".join(mixture.remarks())
-    assert "overwrite_output_dir: true: they resume" in left
-    assert "push_to_hub: true: push_to_hub_revision pushes" in left
+    assert "overwrite_output_dir: true: Open-R1 resumes" in left
+    assert "push_to_hub: true: `push_to_hub_revision` pushes" in left
     assert "per_device_eval_batch_size: 4: `per_device_eval_batch_size` would have no effect. It needs eval" in left
-    assert "benchmarks: lcb_v4: not all in configs/benchmarks" in left
+    assert "benchmarks: lcb_v4: Not all are in configs/benchmarks" in left
     assert "mystery: 7: `mystery` is not a key" in left
     assert "hub_token: ***" in left and "hf_secret" not in str(mixture)
 
@@ -171,35 +156,37 @@ def test_openrlhfs_settings_and_defaults_arrive_in_the_configs(tmp_path):
             "--input_key q --output_key a --input_template $'Q: {}\\nA: '",
             {"prompt_column": "q", "completion_column": "a", "prompt_template": "Q: {}\nA: "},
         ),
-        ("--input_key m --apply_chat_template --multiturn", {"messages_column": "m", "assistant_only_loss": True}),
-        ("--input_key m --apply_chat_template", {"messages_column": "m", "last_turn_only_loss": True}),
-        ("--input_key t --pretrain_mode", {"text_column": "t", "pretraining": True}),
+        (
+            "--input_key m --apply_chat_template --multiturn",
+            {"messages_column": "m", "assistant_only_loss": True} | TURNS,
+        ),
+        ("--input_key m --apply_chat_template", {"messages_column": "m", "last_turn_only_loss": True} | TURNS),
+        ("--input_key t --pretrain_mode", {"text_column": "t", "pretraining": True} | TURNS),
         ("--lora_rank 8 --target_modules q_proj v_proj", {"lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]}),
         ("--optim muon --muon.lr 0.01 --adam.lr 1e-5", {"optim": "muon", "muon_learning_rate": 0.01}),
         ("--ring_attn_size 2 --ring_head_stride 4", {"context_parallel_size": 2, "context_parallel_head_stride": 4}),
         ("--save_steps -1 --bf16 --flash_attn", {"save_strategy": "no", "bf16": True}),
         ("--train_split part", {"dataset_train_split": "part"}),
+        ("--use_wandb k --use_tensorboard d", {"report_to": ["wandb", "tensorboard"]}),
     ],
 )
 def test_a_flag_means_here_what_it_meant_there(flags, keys):
-    got = migrate_command(SFT + flags, None, "OpenRLHF").recipe
-    assert {name: got[name] for name in keys} == keys
-    assert ("prompt_template" in got) == ("_template" not in flags and "_mode" not in flags or "$" in flags)
+    got = migrate(SFT + flags).recipe
+    assert {name: got.get(name) for name in PLAIN | keys} == PLAIN | keys
 
 
 @pytest.mark.parametrize(
     ("flags", "sharding"),
-    [("--zero_stage 0", "ddp"), ("", "zero2"), ("--ds.zero_stage 3 --ds.adam_offload", "zero3_offload")],
+    [
+        ("--zero_stage 0", "ddp"),
+        ("--ring_attn_size 2 --packing_samples", "zero2"),
+        ("--ds.zero_stage 3 --ds.adam_offload", "zero3_offload"),
+    ],
 )
-def test_the_recipe_says_with_which_sharding_to_launch(flags, sharding):
-    launch = migrate_command(SFT + flags, None, "OpenRLHF").launch
-    assert (
-        f"configs/accelerate/{sharding}.yaml" in launch and (ROOT / "configs/accelerate" / f"{sharding}.yaml").exists()
-    )
-
-
-def test_what_depends_on_the_machine_is_not_held_against_the_recipe():
-    assert migrate(SFT + "--ring_attn_size 2 --packing_samples").to_do == []
+def test_the_recipe_says_how_to_launch_and_what_depends_on_the_machine_is_not_held_against_it(flags, sharding):
+    done, config = migrate(SFT + flags), f"configs/accelerate/{sharding}.yaml"
+    assert f"--config_file {config} src/sft.py" in str(done) and (ROOT / config).exists()
+    assert done.to_do == []
 
 
 def test_a_weight_is_a_part_of_a_split_that_loads(tmp_path, sft_rows):
@@ -210,35 +197,40 @@ def test_a_weight_is_a_part_of_a_split_that_loads(tmp_path, sft_rows):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_every_flag_is_carried_over_or_listed(task):
-    for name, rule in OPENRLHF.items():
-        for flag in [name, *older_names(name, rule)]:
-            value = VALUES.get(name, 1)
+    table = read_table("openrlhf")
+    values = {name: value for defaults in table["defaults"].values() for name, value in defaults.items()}
+    for name, entry in table["settings"].items():
+        for flag in [name, *entry.get("older", "").split()]:
+            value = values.get(name, 1)
             words = " ".join(map(str, value)) if isinstance(value, list) else f"'{value}'"
-            command = f"train_{task} --{flag} {words}" + " --dataset d" * (name != "data.dataset")
-            done = migrate_command(command, None, "OpenRLHF")
-            told = f"--{flag} " in str(done) or f"--{flag}\n" in str(done) or f"--{flag};" in str(done)
+            done = migrate(f"train_{task} --{flag} {words}" + " --dataset d" * (name != "data.dataset"))
+            told = re.search(rf"--{re.escape(flag)}(?!\w|\.\w)", str(done))
             assert told or name in ("ds.zero_stage", "data.dataset_split"), flag
 
 
-def test_every_key_that_the_tables_name_exists():
+def test_every_key_and_field_that_the_tables_name_exists():
     known = {name for classes in TASKS.values() for cls in classes for name in parser.keys_of(cls)}
-    named = {key for rule in [*HANDBOOK.values(), *OPENRLHF.values()] for key in re.split(", | or ", rule.keys)}
-    assert named - known == {"", "accelerate launch --config_file"}
+    fields = set("keys values set cases convert when matches otherwise note caveat older".split())
+    entries = [*read_table("handbook")["settings"].values(), *read_table("openrlhf")["settings"].values()]
+    entries += [case for entry in entries for case in entry.get("cases", ())]
+    assert {key for entry in entries for key in re.split(", | or ", list_keys(entry))} - known == {"", LAUNCH}
+    assert {field for entry in entries for field in entry} == fields
+    assert {entry["convert"] for entry in entries if "convert" in entry} == CONVERSIONS.keys()
 
 
 def test_a_secret_is_in_no_recipe_and_a_shell_variable_must_be_filled_in():
     done = migrate("train_dpo --dataset $DATA --use_wandb s3cr3t --pretrain m")
     assert "s3cr3t" not in str(done) and done.recipe["report_to"] == ["wandb"]
-    assert done.left["--dataset $DATA"] == "a variable of the shell"
+    assert done.left["--dataset $DATA"] == "It holds a variable of the shell. Fill in the value."
     assert done.to_do[0].startswith("`dataset_name` is missing")
 
 
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no/such/file.sh", "not a file"),
+        ("no/such/file.sh", "neither a file"),
         ("no/such/sft.yaml", "no such file"),
-        ("train_sft --pretrain m\ntrain_dpo --pretrain m", "found: 2. Give --task"),
+        ("train_sft --pretrain m\ntrain_dpo --pretrain m", "found: 2. Choose one with --task"),
         ("train_sft stray", "Unexpected argument 'stray'"),
         ("train_sft --pretrain 'm", "No closing quotation"),
     ],
@@ -251,7 +243,7 @@ def test_what_cannot_be_read_is_refused(source, message):
 def test_the_command_writes_a_recipe_and_tells_what_is_left(tmp_path):
     out = tmp_path / "rm.yaml"
     done = CliRunner().invoke(app, ["migrate", OLD, "--out", str(out)])
-    assert done.exit_code == 0 and "--zpg 8: DeepSpeed's" in done.stderr and done.stdout == ""
+    assert done.exit_code == 0 and "--zpg 8: This is a setting of DeepSpeed" in done.stderr and done.stdout == ""
     assert parse("rm", read_recipe(out)).training.output_dir == "./rm"
 
 
