@@ -235,8 +235,11 @@ def test_refused_push_is_not_tried_again_and_does_not_stop_the_others(tmp_path, 
     assert "403" in uploads.report()
 
 
-def test_model_staged_later_for_a_revision_wins_over_an_earlier_one_that_failed(tmp_path, server, api, start):
-    server.fail("/commit/v1", 503, times=8)
+@pytest.mark.parametrize(("status", "times"), [(503, 8), (403, 1)])
+def test_model_staged_later_for_a_revision_wins_over_an_earlier_one_that_failed(
+    tmp_path, server, api, start, status, times
+):
+    server.fail("/commit/v1", status, times)
     uploads = start(api, tmp_path / "run")
     uploads.submit(write_checkpoint(tmp_path / "old", seed=1), REPO, "v1", "old")
     uploads.wait(attempts=1)
@@ -245,6 +248,7 @@ def test_model_staged_later_for_a_revision_wins_over_an_earlier_one_that_failed(
     uploads.wait(attempts=10)
     blob = server.repos[REPO].resolve("v1").tree["model.safetensors"]
     assert server.lfs[blob.sha256] == (new / "model.safetensors").read_bytes()
+    assert list((tmp_path / "run" / "hub_pending").iterdir()) == []
 
 
 def test_staging_that_was_cut_off_is_not_pushed(tmp_path, server, api, start):

@@ -80,12 +80,12 @@ def finish_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback], mod
     if not trainer.is_world_process_zero():
         return
     pushes = [callback for callback in callbacks if isinstance(callback, PushToHubRevisionCallback)]
+    benchmarks = [callback for callback in callbacks if isinstance(callback, BenchmarkCallback)]
     for push in pushes:
         push.submit_final(model_folder)
-    for callback in callbacks:
-        if isinstance(callback, BenchmarkCallback):
-            callback.finish(model_folder)
-            for push in pushes:
-                push.submit_final(model_folder)
+    for benchmark in benchmarks:
+        benchmark.finish(model_folder)
     for push in pushes:
+        if benchmarks:
+            push.submit_final(model_folder)
         push.finish()
