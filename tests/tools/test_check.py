@@ -33,9 +33,10 @@ NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor 
 def report(tiny, sft_rows, pair_rows, tmp_path, capsys):
     """Exit code and output of a check of a healthy recipe with some keys changed."""
 
-    def run(task="sft", device="cpu", sharding=None, reward_model=None, full=False, **keys):
-        rows = sft_rows if task == "sft" else pair_rows
-        recipe = short_recipe(tiny, rows, tmp_path / "out", **{**HEALTHY, **keys})
+    def run(task="sft", device="cpu", sharding=None, reward_model=None, full=False, rows=None, **keys):
+        file = sft_rows if task == "sft" else pair_rows
+        file = file if rows is None else write_rows(tmp_path / "rows.jsonl", rows)
+        recipe = short_recipe(tiny, file, tmp_path / "out", **{**HEALTHY, **keys})
         code = check(parse(task, recipe), device, sharding, full, reward_model)
         return code, re.sub(r"\s+", " ", capsys.readouterr().out)
 
@@ -62,29 +63,26 @@ def test_a_healthy_recipe_gives_no_warning_and_code_0(report, task, keys):
     assert "No warnings." in output
 
 
-def test_an_end_that_is_never_trained_is_found(report, tmp_path):
+def test_an_end_that_is_never_trained_is_found(report):
     rows = [{"messages": chat(user=question(i), assistant="five")} for i in range(8)]
-    code, output = report(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)), chat_template=NO_END)
-    [warning] = warnings(output)
-    assert "<|im_end|>) is never trained" in warning
-    assert "eos_token" in warning
+    [warning] = warnings(report(rows=rows, chat_template=NO_END)[1])
+    assert "<|im_end|>) is never trained" in warning and "eos_token" in warning
 
 
-def test_an_answer_of_a_pair_that_does_not_end_is_found(report, tmp_path):
+@pytest.mark.parametrize("task", ["rm", "dpo"])
+def test_an_answer_of_a_pair_that_does_not_end_is_found(report, task):
     sides = [{side: chat(assistant=f"{side} {i}") for side in ("chosen", "rejected")} for i in range(8)]
     rows = [{"prompt": chat(user="what is two?"), **pair} for pair in sides]
-    file = str(write_rows(tmp_path / "rows.jsonl", rows))
-    for task in ("rm", "dpo"):
-        assert "never trained" in warnings(report(task, dataset_name=file, chat_template=NO_END)[1])[0]
-        assert not warnings(report(task, dataset_name=file)[1])
+    assert "never trained" in warnings(report(task, rows=rows, chat_template=NO_END)[1])[0]
+    assert not warnings(report(task, rows=rows)[1])
 
 
-def test_a_template_that_drops_the_system_turn_is_found(report, tmp_path):
+def test_a_template_that_drops_the_system_turn_is_found(report):
     turns = chat(system="be brief", user="two?", assistant="five")
-    file = str(write_rows(tmp_path / "rows.jsonl", [{"messages": turns[i % 2 :]} for i in range(8)]))
-    [warning] = warnings(report(dataset_name=file, chat_template=NO_SYSTEM)[1])
+    rows = [{"messages": turns[i % 2 :]} for i in range(8)]
+    [warning] = warnings(report(rows=rows, chat_template=NO_SYSTEM)[1])
     assert "drops the system turn of 4 of 4 rows" in warning
-    assert not warnings(report(dataset_name=file)[1])
+    assert not warnings(report(rows=rows)[1])
 
 
 def test_a_system_prompt_that_the_template_drops_is_found(report):
@@ -93,9 +91,9 @@ def test_a_system_prompt_that_the_template_drops_is_found(report):
     assert "drops the system turn of 48 of 48 rows" in warning
 
 
-def test_rows_that_are_cut_are_found(report, tmp_path):
+def test_rows_that_are_cut_are_found(report):
     rows = [{"prompt": "one ", "completion": "five " * (40 if i % 5 < 2 else 4)} for i in range(40)]
-    [warning] = warnings(report(dataset_name=str(write_rows(tmp_path / "rows.jsonl", rows)), max_length=32)[1])
+    [warning] = warnings(report(rows=rows, max_length=32)[1])
     assert warning.startswith("40% of the rows are cut at max_length 32")
 
 
@@ -180,24 +178,19 @@ def test_the_interval_of_a_share_is_wilsons(wins, count):
 def llama8b(tmp_path_factory, tokenizer) -> str:
     """A folder with the config of Llama-3.1-8B and a tokenizer, and no weights."""
     folder = tmp_path_factory.mktemp("llama8b")
-    sizes = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-    LlamaConfig(vocab_size=128256, num_key_value_heads=8, **sizes).save_pretrained(folder)
+    LlamaConfig(vocab_size=128256, intermediate_size=14336, num_key_value_heads=8).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
 
 def test_a_model_that_cannot_fit_gives_code_1_and_the_first_thing_to_change(report, llama8b):
-    code, output = report(model_name_or_path=llama8b, device="h100-80gb", save_strategy="no")
+    keys = {"model_name_or_path": llama8b, "device": "h100-80gb", "save_strategy": "no"}
+    code, output = report(**keys)
     [warning] = warnings(output)
     assert code == 1
     assert re.search(r"needs 1[23]\d\.\d GB, and h100-80gb has 85.5. First set use_peft: true", warning)
-    changed = {"use_peft": True, "learning_rate": 2e-4, "save_strategy": "no"}
-    assert report(model_name_or_path=llama8b, device="h100-80gb", **changed)[0] == 0
-
-
-def test_it_fits_where_it_is_sharded(report, llama8b):
-    sharding = Sharding("deepspeed", 8, 3)
-    assert report(model_name_or_path=llama8b, device="h100-80gb", sharding=sharding, save_strategy="no")[0] == 0
+    assert report(**keys, use_peft=True, learning_rate=2e-4)[0] == 0
+    assert report(**keys, sharding=Sharding("deepspeed", 8, 3))[0] == 0
 
 
 def test_checkpoints_that_fill_the_disk_give_code_1(report, monkeypatch):
@@ -256,17 +249,14 @@ def test_dry_run_checks_from_the_script_and_writes_nothing(tiny, sft_rows, tmp_p
     ],
     ids=str,
 )
-def test_a_run_has_the_steps_and_the_largest_batch_that_were_said(
-    report, tiny, sft_rows, pair_rows, tmp_path, task, keys
-):
-    keys = {"num_train_epochs": 1, **keys}
+def test_a_run_has_the_steps_and_the_largest_batch_that_check_shows(report, tiny, request, tmp_path, task, keys):
+    keys = {"num_train_epochs": 1, "save_strategy": "no", "report_to": "none", **keys}
     output = report(task, **keys)[1]
     with Recorder() as recorder:
-        rows = sft_rows if task == "sft" else pair_rows
-        train(task, tiny, rows, tmp_path / "out", **{**HEALTHY, "report_to": "none", "save_strategy": "no", **keys})
+        rows = request.getfixturevalue("sft_rows" if task == "sft" else "pair_rows")
+        train(task, tiny, rows, tmp_path / "out", **{**HEALTHY, **keys})
     steps = recorder.result()["steps"]
-    said = int(re.search(r"steps (\d+) \(", output)[1])
-    assert said == len(recorder.times) - 1
+    assert int(re.search(r"steps (\d+) \(", output)[1]) == len(recorder.times) - 1
     rows, tokens = map(int, re.search(r"largest batch (\d+) x (\d+) tokens", output).groups())
     if not keys.get("packing"):
         assert max(step["padded"] for step in steps) <= rows * tokens
@@ -276,9 +266,9 @@ def test_a_run_has_the_steps_and_the_largest_batch_that_were_said(
         assert max(sum(step["lengths"]) - sum(step["shared"]) for step in steps) == tokens
 
 
-def test_a_sample_says_nearly_what_all_rows_say(report, monkeypatch, tmp_path):
+def test_a_sample_says_nearly_what_all_rows_say(report, monkeypatch):
     rows = [{"prompt": "one ", "completion": "five " * (1 + i % 50)} for i in range(1000)]
-    keys = {"dataset_name": str(write_rows(tmp_path / "rows.jsonl", rows)), "max_length": 40, "packing": True}
+    keys = {"rows": rows, "max_length": 40, "packing": True}
     monkeypatch.setattr(preflight, "SAMPLE", 300)
     sampled, whole = report(**keys)[1], report(**keys, full=True)[1]
     assert "30.0% of the training rows" in sampled

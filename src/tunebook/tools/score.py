@@ -1,4 +1,4 @@
-"""Rewards of texts by a trained reward model."""
+"""Score texts with a trained reward model."""
 
 import json
 import logging
@@ -18,7 +18,11 @@ logger = logging.getLogger(__name__)
 
 
 def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A reward model that reads the reward at the last token of a row, whatever its pad token is."""
+    """Load a reward model that reads the reward at the last token of a row, whatever its pad token is.
+
+    Raises:
+        RecipeError: when it cannot be loaded.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = load_reward_model(name)
@@ -32,7 +36,7 @@ def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 
 def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> int:
     """Write the rows of a file (messages, or prompt and completion, or text) to `out` as JSON lines, each with its
-    `reward` and, when the model is calibrated, `normalized_reward` = (reward - mean) / std. Returns the number of rows.
+    `reward` and, when the model is calibrated, `normalized_reward` = (reward - mean) / std; return the number of rows.
 
     Raises:
         RecipeError: when the model or the file cannot be read, or a row cannot be scored (which one, and why).
