@@ -305,12 +305,12 @@ class TestBestModel:
 
 def test_reward_model_is_benchmarked_by_subset_at_every_evaluation(tiny, tmp_path):
     trainer = save_each_step(tiny, tmp_path / "out", eval_strategy="steps", eval_steps=1)
-    sides = [("a", 3, 1), ("a", 1, 2), ("b", 5, 0)]
+    sides = [("a", 2, 1), ("a", 1, 1), ("b", 3, 5), ("b", 9, 0), ("b", 4, 1)]  # a tie is wrong
     pairs = [{"prompt": "p", "chosen": str(c), "rejected": str(r), "subset": s} for s, c, r in sides]
     score = lambda items: [float(completion) for _, completion in items]  # noqa: E731
     trainer.add_callback(PairAccuracyCallback(trainer, {"pairs": pairs}, score))
     metrics = trainer.evaluate()
-    expected = {"accuracy": 2 / 3, "accuracy_a": 1 / 2, "accuracy_b": 1.0}
+    expected = {"accuracy": 3 / 5, "accuracy_a": 1 / 2, "accuracy_b": 2 / 3}
     assert {f"eval_bench_pairs_{name}": value for name, value in expected.items()}.items() <= metrics.items()
     assert read_rows(tmp_path / "out" / "benchmarks.jsonl")[0]["scores"] == {"pairs": expected}
 

@@ -230,8 +230,8 @@ def run_benchmarks(
 class BenchmarkCallback(TrainerCallback):
     """Runs benchmarks on each checkpoint; their scores go to the trackers at the checkpoint's step.
 
-    They run "after" training, "beside" it, or at each "evaluation", which then waits for them, so that
-    `metric_for_best_model` can be a score.
+    `benchmark_schedule` is "after" training, "beside" it, or at each "evaluation", which then waits for the scores, so
+    that `metric_for_best_model` can be one of them.
 
     Args:
         push: where checkpoints are pushed. Slurm jobs then load them from the Hub, except a checkpoint that could not
@@ -251,8 +251,8 @@ class BenchmarkCallback(TrainerCallback):
         )
         self.evaluated_step: int | None = None
         # Steps whose jobs wait for the end of training or for their push; first what an earlier process left
-        self.held = sorted(self._staged_steps()) if trainer.is_world_process_zero() else []
-        if self.schedule != "after":
+        self.held = self._staged_steps() if trainer.is_world_process_zero() else set()
+        if self.schedule == "beside":
             self._submit_held(is_last=True)
 
     @staticmethod
@@ -272,17 +272,16 @@ class BenchmarkCallback(TrainerCallback):
             return
         self.evaluated_step = step
         self.trainer.save_model(str(self._staged(step)), _internal_call=True)
-        scores: dict[str, float] = {}
         if state.is_world_process_zero:
+            self.held.discard(step)
             self._submit(step)
-            for row in self.jobs.finished(step):
-                scores |= row.tracker_scores()
-        busy = True
+        busy, scores = True, {}
         while busy:  # Ranks meet every second: one that waited in a collective for the whole benchmark would time out.
             time.sleep(1)
             message = [None]
             if state.is_world_process_zero:
-                for row in self._poll():
+                self._poll()
+                for row in self.jobs.finished(step):
                     scores |= row.tracker_scores()
                 message = [(bool(self.jobs.unfinished), scores)]
             [(busy, scores)] = broadcast_object_list(message)
@@ -299,7 +298,7 @@ class BenchmarkCallback(TrainerCallback):
         checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
         shutil.rmtree(self._staged(step), ignore_errors=True)
         stage_model(checkpoint, self._staged(step))
-        self.held.append(step)
+        self.held.add(step)
         if self.schedule == "beside":
             self._submit_held()
 
@@ -340,7 +339,7 @@ class BenchmarkCallback(TrainerCallback):
             self.jobs.submit(benchmark, model, step, revision)
 
     def _submit_held(self, is_last: bool = False) -> None:
-        for step in list(self.held):
+        for step in sorted(self.held):
             revision = step_revision(self.trainer.args.hub_revision or "", step)
             by_revision = self.push is not None and not (self._staged(step) / "adapter_config.json").exists()
             if by_revision and revision in self.push.uploads.pushed:
@@ -351,7 +350,7 @@ class BenchmarkCallback(TrainerCallback):
                 continue
             self.held.remove(step)
 
-    def _poll(self) -> list[BenchmarkRow]:
+    def _poll(self) -> None:
         self._submit_held()
         rows = self.jobs.poll()
         for row in rows:
@@ -359,4 +358,3 @@ class BenchmarkCallback(TrainerCallback):
                 log_at_step(self.trainer, row.tracker_scores(), row.step)
         if rows:
             self._delete_staged()
-        return rows

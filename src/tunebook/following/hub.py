@@ -157,7 +157,7 @@ def differing_files(api: HfApi, folder: Path, repo_id: str, revision: str) -> li
 
 @dataclass(frozen=True)
 class Push:
-    """All that is needed to push a staged model later: what `push.json` beside it holds."""
+    """The arguments of [`push_model`] for a staged model, kept next to it in `push.json`."""
 
     repo_id: str
     revision: str

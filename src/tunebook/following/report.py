@@ -1,7 +1,7 @@
 """A run on one page, `report.html`: curves, rewards, benchmarks, generations before and after, recipe, data, versions.
 
 It is made from the run's folder alone, so also for a run that was killed, and for several on the same axes: `tunebook
-report RUN [RUN ...]`. The page is one file that needs no network and no JavaScript. Its pictures stand beside it, too.
+report RUN [RUN ...]`. The page is one file that needs no network and no JavaScript; its pictures are PNG files, too.
 """
 
 import base64
@@ -54,7 +54,7 @@ CURVES = {  # key of the log without eval_: title and label of the axis
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left: its record, the trainer's state, and the rows that it wrote, empty where there are none."""
+    """A run's folder, read: its record, the trainer's state, and the rows that it wrote, empty where there are none."""
 
     name: str
     record: dict[str, Any]
