@@ -1,5 +1,6 @@
-"""Time both sides from a file to tokenized rows, and the tokenizer alone, in turn, without a cache, and write the
-seconds to OUT as JSON.
+"""Time TRL and tunebook from a file to tokenized rows, and the tokenizer alone, in turn and without a cache.
+
+Writes the seconds to OUT as JSON.
 
 python perf/prepare.py OUT MODEL FILES ROUNDS     FILES: the rows of each task, as JSON
 """
@@ -15,8 +16,7 @@ import datasets
 import trl
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tunebook.data import load_data, read_sources
-from tunebook.data.tokenizer import load_tokenizer
+from tunebook.data import load_data, load_recipe_tokenizer, read_sources
 from tunebook.recipe import parse
 
 TRL = {
@@ -27,10 +27,10 @@ TRL = {
 
 
 def prepare_with_trl(task: str, model: str, rows: str, split: str, output_dir: str) -> float:
-    """Seconds of load_dataset, as in TRL's scripts, and of the trainer's `_prepare_dataset`."""
+    """Return the seconds of load_dataset, as in TRL's scripts, and of the trainer's `_prepare_dataset`."""
     config, trainer = TRL[task]
     tokenizer = AutoTokenizer.from_pretrained(model)
-    # The constructor, which prepares the rows, wants a model: the smallest
+    # The trainer's constructor prepares the rows and needs a model: the smallest
     sizes = dict(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **sizes)).save_pretrained(output_dir)
     preparing = 0.0
@@ -54,29 +54,29 @@ def prepare_with_trl(task: str, model: str, rows: str, split: str, output_dir: s
 def prepare_with_tunebook(task: str, model: str, rows: str, split: str, output_dir: str) -> float:
     recipe = {"model_name_or_path": model, "dataset_name": rows, "dataset_train_split": split}
     recipe = parse(task, {**recipe, "output_dir": output_dir, "use_cpu": True})
-    tokenizer = load_tokenizer(model, distinct_pad=task == "rm")
+    tokenizer = load_recipe_tokenizer(recipe)
     start = time.perf_counter()
     load_data(recipe, read_sources(recipe), tokenizer)
     return time.perf_counter() - start
 
 
 def tokenize(task: str, model: str, rows: str, split: str, output_dir: str) -> float:
-    """Seconds of what neither side can leave out: `tokenizers`, on all cores, with the same texts."""
+    """Return the seconds of what both sides need: `tokenizers`, on all cores, with the same texts."""
     lines = datasets.load_dataset("json", data_files=rows, split=split)
     answers = ("completion",) if task == "sft" else ("chosen", "rejected")
     texts = [row["prompt"] + row[answer] for row in lines for answer in answers]
-    tokenizer = load_tokenizer(model, distinct_pad=task == "rm").backend_tokenizer
+    tokenizer = AutoTokenizer.from_pretrained(model).backend_tokenizer
     start = time.perf_counter()
     tokenizer.encode_batch(texts)
     return time.perf_counter() - start
 
 
 def prepare(model: str, files: dict[str, str], rounds: int) -> dict[str, dict[str, list[float]]]:
-    """By task and side, the seconds of each round."""
+    """Return task -> side -> the seconds of each round."""
     datasets.disable_progress_bars()
     sides = {"trl": prepare_with_trl, "tunebook": prepare_with_tunebook, "tokenizer": tokenize}
     seconds = {task: {name: [] for name in sides} for task in files}
-    for split in ["train[:16]"] + ["train"] * rounds:  # what is imported and started late is so the first time
+    for split in ["train[:16]"] + ["train"] * rounds:  # the first round, of 16 rows, also imports and starts things
         for task, rows in files.items():
             for name, side in sides.items():
                 with tempfile.TemporaryDirectory() as folder, patch("datasets.config.HF_DATASETS_CACHE", Path(folder)):

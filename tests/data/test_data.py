@@ -1,6 +1,7 @@
 """Sources, mixtures, counts and loss masks; the masks against TRL's own labels."""
 
 import json
+import shutil
 
 import datasets
 import pytest
@@ -18,8 +19,11 @@ CHAT = [{"role": "user", "content": "two plus three?"}, {"role": "assistant", "c
 LONGER = CHAT + [{"role": "user", "content": "one and four?"}, {"role": "assistant", "content": "five too."}]
 
 
-def load(task, tokenizer, tmp_path, **keys):
+def load(task, tokenizer, tmp_path, rows=None, **keys):
+    """Load rows, or the data set that the keys name, with a tokenizer that is not in a folder."""
     base = {"model_name_or_path": "m", "output_dir": str(tmp_path / "o"), "bf16": False, "max_length": 200}
+    if rows is not None:
+        base["dataset_name"] = str(write_rows(tmp_path / "rows.jsonl", rows))
     return load_recipe(parse(task, base | keys), tokenizer)
 
 
@@ -64,17 +68,17 @@ def test_every_source_gives_the_same_rows(kind, tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("name", "content", "message"),
     [
-        ('{"prompt": "a", "completion": "b"}\n{"prompt": "c", \n', "rows.jsonl, line 2: not JSON"),
-        ("", "is empty"),
+        ("rows.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "c", \n', "rows.jsonl, line 2: not JSON"),
+        ("rows.jsonl", "", "is empty"),
+        ("rows.docx", "x", "Known: json, jsonl, csv"),
     ],
 )
-def test_a_broken_file_names_file_and_line(content, message, tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
+def test_a_file_that_cannot_be_read_says_why(name, content, message, tmp_path):
+    (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError, match=message):
-        load_source(str(path), "train")
+        load_source(str(tmp_path / name), "train")
 
 
 @pytest.mark.parametrize(
@@ -112,31 +116,21 @@ def test_what_does_not_fit_is_refused_by_name(keys, message, tmp_path, tokenizer
     ],
 )
 def test_a_key_that_does_nothing_to_these_rows_is_refused(row, keys, needs, tmp_path, tokenizer):
-    path = str(write_rows(tmp_path / "r.jsonl", [row]))
     with pytest.raises(RecipeError, match=f"{next(iter(keys))}` has no effect on these rows.*{needs}"):
-        load("sft", tokenizer, tmp_path, dataset_name=path, **keys)
-
-
-def test_an_unknown_kind_of_file_lists_the_known_ones(tmp_path):
-    (tmp_path / "rows.docx").write_text("x")
-    with pytest.raises(RecipeError, match="Known: json, jsonl, csv"):
-        load_source(str(tmp_path / "rows.docx"), "train")
+        load("sft", tokenizer, tmp_path, [row], **keys)
 
 
 def test_every_dropped_row_is_counted_by_reason_with_the_first_one(tmp_path, tokenizer):
-    good = {"prompt": "a", "completion": "b"}
     rows = [
-        good,
+        {"prompt": "a", "completion": "b"},
         {"prompt": None, "completion": "x"},
         {"prompt": "a", "completion": 3},
         {"prompt": "a", "completion": ""},
-    ]
-    rows += [
         {"completion": "b"},
         {"prompt": "one " * 80, "completion": "b"},
         {"prompt": "a", "completion": "one " * 80},
     ]
-    data = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=60)
+    data = load("sft", tokenizer, tmp_path, rows, max_length=60)
     report = data.counts["train"]
     assert (report.read, report.kept, report.cut) == (7, 2, 1)
     assert report.dropped == {
@@ -150,10 +144,8 @@ def test_every_dropped_row_is_counted_by_reason_with_the_first_one(tmp_path, tok
 
 
 def test_a_cut_row_gets_no_false_eos(tmp_path, tokenizer):
-    rows = [{"prompt": "a", "completion": "one " * 80}]
-    data = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)), max_length=60)
-    assert len(data.train[0]["input_ids"]) == 60
-    assert tokenizer.eos_token_id not in data.train[0]["input_ids"]
+    row = load("sft", tokenizer, tmp_path, [{"prompt": "a", "completion": "one " * 80}], max_length=60).train[0]
+    assert len(row["input_ids"]) == 60 and tokenizer.eos_token_id not in row["input_ids"]
 
 
 def test_a_template_that_rejects_a_role_order_says_which_row(tmp_path):
@@ -161,26 +153,11 @@ def test_a_template_that_rejects_a_role_order_says_which_row(tmp_path):
         template="{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
         "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     )
-    rows = [{"messages": CHAT}, {"messages": CHAT[::-1]}]
-    data = load("sft", strict, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows)))
-    assert data.counts["train"].dropped == {
-        "the chat template rejects it: roles must alternate": {"rows": 1, "first_row": 1}
-    }
+    data = load("sft", strict, tmp_path, [{"messages": CHAT}, {"messages": CHAT[::-1]}])
+    assert data.counts["train"].dropped == {"chat template error: roles must alternate": {"rows": 1, "first_row": 1}}
 
 
 # ---- Loss masks ----
-
-
-def trl_labels(tokenizer, rows, tmp_path, **keys):
-    """Labels as TRL's own SFTTrainer prepares them."""
-    trainer = trl.SFTTrainer.__new__(trl.SFTTrainer)
-    trainer._tokenizer = tokenizer
-    args = trl.SFTConfig(str(tmp_path / "trl"), bf16=False, use_cpu=True, max_length=200, **keys)
-    trainer.completion_only_loss = "completion" in rows[0]
-    trainer.chat_template = None
-    if args.assistant_only_loss and "generation" not in tokenizer.chat_template:
-        trainer.chat_template = trl.chat_template_utils.get_training_chat_template(tokenizer)
-    return trainer._prepare_dataset(datasets.Dataset.from_list(rows), tokenizer, args, False, None, "train")
 
 
 LAYOUTS = {
@@ -195,15 +172,6 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_ids_and_labels_equal_trls(layout, tmp_path, tokenizer):
-    rows = LAYOUTS[layout]
-    ours = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows))).train
-    theirs = trl_labels(tokenizer, rows, tmp_path)
-    assert ours["input_ids"][:] == theirs["input_ids"][:]
-    assert ours["labels"][:] == theirs["labels"][:]
-
-
 @pytest.fixture(scope="module")
 def marked_tokenizer():
     plain = build_tokenizer(template=None)
@@ -211,18 +179,31 @@ def marked_tokenizer():
     return plain
 
 
-def test_assistant_only_by_the_templates_marks_equals_trls(tmp_path, marked_tokenizer):
+def assert_equals_trls(task, tokenizer, tiny, tmp_path, rows, **keys):
+    """Our columns are those of the data set that TRL's own trainer prepares."""
+    ours = load(task, tokenizer, tmp_path, rows, **keys).train
+    trainer, config = {"sft": (trl.SFTTrainer, trl.SFTConfig), "dpo": (trl.DPOTrainer, trl.DPOConfig)}[task]
+    args = config(str(tmp_path / "trl"), bf16=False, use_cpu=True, report_to="none", max_length=200, **keys)
+    rows = datasets.Dataset.from_list(rows)
+    theirs = trainer(str(tiny), args=args, train_dataset=rows, processing_class=tokenizer).train_dataset
+    for column in ours.column_names:
+        assert ours[column][:] == theirs[column][:]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_ids_and_labels_equal_trls(layout, tiny, tmp_path, tokenizer):
+    assert_equals_trls("sft", tokenizer, tiny, tmp_path, LAYOUTS[layout])
+
+
+def test_assistant_only_by_the_templates_marks_equals_trls(tiny, tmp_path, marked_tokenizer):
     rows = LAYOUTS["conversations"]
-    path = str(write_rows(tmp_path / "r.jsonl", rows))
-    ours = load("sft", marked_tokenizer, tmp_path, dataset_name=path, assistant_only_loss=True).train
-    theirs = trl_labels(marked_tokenizer, rows, tmp_path, assistant_only_loss=True)
-    assert ours["labels"][:] == theirs["labels"][:]
-    assert trained(marked_tokenizer, ours[1]) == "five.<|im_end|>five too.<|im_end|>"
+    assert_equals_trls("sft", marked_tokenizer, tiny, tmp_path, rows, assistant_only_loss=True)
+    row = load("sft", marked_tokenizer, tmp_path, rows, assistant_only_loss=True).train[1]
+    assert trained(marked_tokenizer, row) == "five.<|im_end|>five too.<|im_end|>"
 
 
 def test_assistant_only_turn_by_turn_on_a_template_without_marks(tmp_path, tokenizer):
-    path = str(write_rows(tmp_path / "r.jsonl", LAYOUTS["conversations"]))
-    row = load("sft", tokenizer, tmp_path, dataset_name=path, assistant_only_loss=True).train[1]
+    row = load("sft", tokenizer, tmp_path, LAYOUTS["conversations"], assistant_only_loss=True).train[1]
     assert trained(tokenizer, row) == "five.<|im_end|>\nfive too.<|im_end|>\n"
 
 
@@ -230,32 +211,27 @@ def test_assistant_only_is_refused_where_turns_have_no_certain_place(tmp_path):
     forgetful = build_tokenizer(
         template="{% for m in messages %}{{ m['role'] }}:{% if loop.last %}{{ m['content'] }}{% endif %}\n{% endfor %}"
     )
-    path = str(write_rows(tmp_path / "r.jsonl", [{"messages": LONGER}]))
     with pytest.raises(RecipeError, match="assistant turns cannot be told apart"):
-        load("sft", forgetful, tmp_path, dataset_name=path, assistant_only_loss=True)
+        load("sft", forgetful, tmp_path, [{"messages": LONGER}], assistant_only_loss=True)
 
 
 def test_last_turn_only(tmp_path, tokenizer):
-    path = str(write_rows(tmp_path / "r.jsonl", [{"messages": LONGER}]))
-    row = load("sft", tokenizer, tmp_path, dataset_name=path, last_turn_only_loss=True).train[0]
+    row = load("sft", tokenizer, tmp_path, [{"messages": LONGER}], last_turn_only_loss=True).train[0]
     assert trained(tokenizer, row) == "five too.<|im_end|>\n"
 
 
 def test_pretraining_has_no_template_no_eos_and_loss_everywhere(tmp_path, tokenizer):
-    path = str(write_rows(tmp_path / "r.jsonl", [{"body": CORPUS[0]}]))
-    row = load("sft", tokenizer, tmp_path, dataset_name=path, pretraining=True, text_column="body").train[0]
+    row = load("sft", tokenizer, tmp_path, [{"body": CORPUS[0]}], pretraining=True, text_column="body").train[0]
     assert tokenizer.decode(row["input_ids"]) == CORPUS[0] == trained(tokenizer, row)
 
 
 def test_completion_only_loss_false_trains_on_the_prompt_too(tmp_path, tokenizer):
-    path = str(write_rows(tmp_path / "r.jsonl", ROWS[:1]))
-    row = load("sft", tokenizer, tmp_path, dataset_name=path, completion_only_loss=False).train[0]
+    row = load("sft", tokenizer, tmp_path, ROWS[:1], completion_only_loss=False).train[0]
     assert row["labels"] == row["input_ids"]
 
 
 def test_columns_prompt_template_and_system_prompt(tmp_path, tokenizer):
-    path = str(write_rows(tmp_path / "r.jsonl", [{"q": "two plus three?", "a": "five"}]))
-    keys = {"dataset_name": path, "prompt_column": "q", "completion_column": "a"}
+    keys = {"rows": [{"q": "two plus three?", "a": "five"}], "prompt_column": "q", "completion_column": "a"}
     plain = load("sft", tokenizer, tmp_path, **keys, prompt_template="User: {}\nAssistant: ").train[0]
     assert tokenizer.decode(plain["input_ids"]) == "User: two plus three?\nAssistant: five<|im_end|>"
     chat = load("sft", tokenizer, tmp_path, **keys, apply_chat_template=True, system_prompt="be brief").train[0]
@@ -268,17 +244,14 @@ def test_columns_prompt_template_and_system_prompt(tmp_path, tokenizer):
 
 def test_sharegpt_turns_are_read(tmp_path, tokenizer):
     turns = [{"from": "human", "value": "two plus three?"}, {"from": "gpt", "value": "five."}]
-    ours = load(
-        "sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "a.jsonl", [{"conversations": turns}]))
-    )
-    same = load("sft", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "b.jsonl", [{"messages": CHAT}])))
-    assert ours.train[0] == same.train[0]
+    rows = [{"conversations": turns}], [{"messages": CHAT}]
+    ours, same = (load("sft", tokenizer, tmp_path, given).train[0] for given in rows)
+    assert ours == same
 
 
 def test_inline_chatml_is_given_to_a_tokenizer_without_template(tmp_path):
     bare = build_tokenizer(special=("<pad>", "<eos>"), template=None)
-    path = str(write_rows(tmp_path / "r.jsonl", [{"messages": CHAT}]))
-    load("sft", bare, tmp_path, dataset_name=path)
+    load("sft", bare, tmp_path, [{"messages": CHAT}])
     assert bare.eos_token == "<|im_end|>" and bare.convert_tokens_to_ids("<|im_start|>") != bare.unk_token_id
 
 
@@ -327,19 +300,18 @@ def test_the_seed_decides_the_mixture(two_sources, tmp_path, tokenizer):
 def test_a_mixture_is_split_before_rows_are_drawn_twice(two_sources, tmp_path, tokenizer):
     a, _ = two_sources
     mixture = [a | {"probability": 0.9}, a | {"probability": 0.1, "max_samples": 5}]
-    keys = {"datasets": mixture, "mixture_stopping": "all_exhausted", "test_split_size": 0.2, "do_eval": True}
-    data = load("sft", tokenizer, tmp_path, **keys | {"datasets": mixture[:1] + [mixture[1]]})
-    one = load("sft", tokenizer, tmp_path, datasets=[a], test_split_size=0.2, do_eval=True)
+    keys = {"test_split_size": 0.2, "do_eval": True}
+    data = load("sft", tokenizer, tmp_path, datasets=mixture, mixture_stopping="all_exhausted", **keys)
+    one = load("sft", tokenizer, tmp_path, datasets=[a], **keys)
     texts = [{tokenizer.decode(row["input_ids"]) for row in split} for split in (one.train, one.eval)]
     assert not texts[0] & texts[1] and len(texts[0]) + len(texts[1]) == 40
     assert len(data.eval) == 9  # a fifth of 40 and a fifth of 5
 
 
 def test_max_samples_and_an_evaluation_set_of_its_own(tmp_path, tokenizer):
-    rows = write_rows(tmp_path / "r.jsonl", ROWS)
     other = write_rows(tmp_path / "e.jsonl", ROWS[5:])
     keys = {"max_train_samples": 7, "max_eval_samples": 3, "eval_dataset_name": str(other), "do_eval": True}
-    data = load("sft", tokenizer, tmp_path, dataset_name=str(rows), **keys)
+    data = load("sft", tokenizer, tmp_path, ROWS, **keys)
     assert len(data.train) == 7 and len(data.eval) == 3
     assert data.eval[0]["input_ids"] == data.train[5]["input_ids"]
 
@@ -355,30 +327,21 @@ def test_an_evaluation_set_on_the_command_line_replaces_the_recipes_split(tmp_pa
 # ---- Preferences ----
 
 
-def test_preferences_equal_trls_dpo_columns(tmp_path, tokenizer):
+def test_preferences_equal_trls_dpo_columns(tiny, tmp_path, tokenizer):
     rows = [
         {"prompt": "two plus three? ", "chosen": "five", "rejected": "one and four"},
         {"prompt": "one? ", "chosen": "four", "rejected": "two"},
     ]
-    ours = load("dpo", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / "r.jsonl", rows))).train
-    trainer = trl.DPOTrainer.__new__(trl.DPOTrainer)
-    trainer._tokenizer = tokenizer
-    args = trl.DPOConfig(str(tmp_path / "trl"), bf16=False, use_cpu=True, max_length=200)
-    theirs = trainer._prepare_dataset(datasets.Dataset.from_list(rows), tokenizer, args, "train")
-    for column in ("prompt_ids", "chosen_ids", "rejected_ids"):
-        assert ours[column][:] == theirs[column][:]
+    assert_equals_trls("dpo", tokenizer, tiny, tmp_path, rows)
 
 
 def test_a_prompt_is_found_in_both_sides_of_conversations(tmp_path, tokenizer):
     other = [{"role": "assistant", "content": "six."}]
     explicit = {"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": other}
     implicit = {"prompt": "two plus three?", "chosen": CHAT, "rejected": CHAT[:1] + other}
-    rows = [
-        load("dpo", tokenizer, tmp_path, dataset_name=str(write_rows(tmp_path / f"{i}.jsonl", [row]))).train[0]
-        for i, row in enumerate((explicit, implicit))
-    ]
-    assert rows[0] == rows[1]
-    assert tokenizer.decode(rows[0]["prompt_ids"]).endswith("<|im_start|>assistant\n")
+    one, other = (load("dpo", tokenizer, tmp_path, [row]).train[0] for row in (explicit, implicit))
+    assert one == other
+    assert tokenizer.decode(one["prompt_ids"]).endswith("<|im_start|>assistant\n")
 
 
 def test_useless_pairs_are_dropped_and_counted(tmp_path, tokenizer):
@@ -389,8 +352,7 @@ def test_useless_pairs_are_dropped_and_counted(tmp_path, tokenizer):
         {"prompt": "a ", "chosen": "one " * 30 + "x", "rejected": "one " * 30 + "y"},
         {"prompt": "a ", "chosen": "x", "rejected": None},
     ]
-    path = str(write_rows(tmp_path / "r.jsonl", rows))
-    dpo = load("dpo", tokenizer, tmp_path, dataset_name=path, max_length=20).counts["train"]
+    dpo = load("dpo", tokenizer, tmp_path, rows, max_length=20).counts["train"]
     assert dpo.kept == 1
     assert {reason: entry["first_row"] for reason, entry in dpo.dropped.items()} == {
         "chosen equals rejected": 1,
@@ -398,7 +360,7 @@ def test_useless_pairs_are_dropped_and_counted(tmp_path, tokenizer):
         "chosen equals rejected within max_length": 3,
         "missing rejected": 4,
     }
-    rm = load("rm", tokenizer, tmp_path, dataset_name=path, max_length=20).counts["train"]
+    rm = load("rm", tokenizer, tmp_path, rows, max_length=20).counts["train"]
     assert rm.dropped["longer than max_length"]["rows"] == 2
 
 
@@ -419,20 +381,18 @@ def test_a_rewards_row_ends_with_eos(pair_rows, tmp_path, tokenizer):
 
 def test_the_cache_is_used_again_and_depends_on_template_and_keys(tmp_path, monkeypatch):
     tokenizer, path = build_tokenizer(), str(write_rows(tmp_path / "r.jsonl", [{"messages": CHAT}]))
-    first = load("sft", tokenizer, tmp_path, dataset_name=path)
+    first = load("sft", tokenizer, tmp_path, dataset_name=path).train[0]
     monkeypatch.setattr("tunebook.data.loading.process_batch", lambda *a, **k: pytest.fail("tokenized again"))
-    assert load("sft", build_tokenizer(), tmp_path, dataset_name=path).train[0] == first.train[0]
+    assert load("sft", build_tokenizer(), tmp_path, dataset_name=path).train[0] == first
     monkeypatch.undo()
     tokenizer.chat_template = tokenizer.chat_template.replace("<|im_end|>", "<|im_end|>!")
-    assert load("sft", tokenizer, tmp_path, dataset_name=path).train[0] != first.train[0]
+    assert load("sft", tokenizer, tmp_path, dataset_name=path).train[0] != first
 
 
 def test_several_workers_give_the_same_rows(tmp_path, tokenizer):
-    how = RenderSettings("sft", tokenizer, 200, {"prompt": "prompt", "completion": "completion"})
+    settings = RenderSettings("sft", tokenizer, 200, {"prompt": "prompt", "completion": "completion"})
     rows = datasets.Dataset.from_list(ROWS * 3)
-    one, _ = process(rows, how)
-    import shutil
-
+    one, _ = process(rows, settings)
     shutil.rmtree(datasets.config.HF_DATASETS_CACHE / "tunebook")
-    two, report = process(rows, how, num_proc=2)
-    assert report.read == 60 and one[:] == two[:]
+    two, outcomes = process(rows, settings, num_proc=2)
+    assert len(outcomes) == 60 and one[:] == two[:]

@@ -5,69 +5,60 @@ from typing import Any
 
 from ..errors import RecipeError
 
+SFT_LAYOUTS = (["messages"], ["prompt", "completion"], ["text"])
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "function": "tool", "observation": "tool"}
 
 Messages = list[dict[str, Any]]
 
 
 class Dropped(Exception):
-    """A row that cannot be trained on; the message is the reason."""
+    """A row that cannot be trained on; the message is the reason, for the report."""
 
 
-def choose_columns(task: str, names: Sequence[str], keys: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Return role -> column name, from the recipe's keys and, where they are silent, TRL's names.
+def choose_columns(task: str, names: Sequence[str], given: Mapping[str, Any]) -> dict[str, str]:
+    """Return role -> column name: the column that the recipe names, else the one that has TRL's name.
+
+    Args:
+        names: the columns of the data set.
+        given: the recipe's keys.
 
     Raises:
-        RecipeError: when a named column does not exist, none of the known layouts is there, or two are.
+        RecipeError: when a named column does not exist, no known layout fits, or more than one does.
     """
-    for role, column in keys.items():
-        if column is not None and column not in names:
-            raise RecipeError(f"`{role}_column`: there is no column {column!r}. Columns: {', '.join(names)}.")
-
-    def find(role: str, *usual: str) -> str | None:
-        return keys.get(role) or next((name for name in usual if name in names), None)
+    if task == "sft":
+        roles = ["text"] if given.get("pretraining") else [role for layout in SFT_LAYOUTS for role in layout]
+    else:
+        roles = ["prompt", "chosen", "rejected"]
+        roles += [role for role, used in (("subset", "subset_column"), ("margin", "use_margin")) if given.get(used)]
+    listed = f"Columns: {', '.join(names)}."
+    named = {role: given[f"{role}_column"] for role in roles if given.get(f"{role}_column")}
+    for role, column in named.items():
+        if column not in names:
+            raise RecipeError(f"`{role}_column`: there is no column {column!r}. {listed}")
+    columns = {"messages": "conversations"} if "messages" in roles and "conversations" in names else {}
+    columns |= {role: role for role in roles if role in names} | named
 
     if task != "sft":
-        columns = {"chosen": find("chosen", "chosen"), "rejected": find("rejected", "rejected")}
-        if None in columns.values():
-            raise RecipeError(
-                f"A preference row needs chosen and rejected; columns: {', '.join(names)}. Set chosen_column and "
-                "rejected_column."
-            )
-        columns["prompt"] = find("prompt", "prompt")
-        if keys.get("subset"):
-            columns["subset"] = keys["subset"]
-        if "margin" in keys:
-            columns["margin"] = find("margin", "margin")
-            if columns["margin"] is None:
-                raise RecipeError(
-                    f"`use_margin` needs a column margin; columns: {', '.join(names)}. Set margin_column."
-                )
+        if not {"chosen", "rejected"} <= columns.keys():
+            raise RecipeError(f"Pairs need chosen and rejected. Set `chosen_column` and `rejected_column`. {listed}")
+        if "margin" in roles and "margin" not in columns:
+            raise RecipeError(f"`use_margin` needs a column of margins. Set `margin_column`. {listed}")
         return columns
-
-    layouts = {
-        "messages": {"messages": find("messages", "messages", "conversations")},
-        "prompt and completion": {"prompt": find("prompt", "prompt"), "completion": find("completion", "completion")},
-        "text": {"text": find("text", "text")},
-    }
-    named = {role for role, column in keys.items() if column is not None}
-    found = {name: columns for name, columns in layouts.items() if None not in columns.values()}
-    if named:
-        found = {name: columns for name, columns in found.items() if named <= columns.keys()}
-    if len(found) != 1:
-        problem = f"fits {' and '.join(found)}" if found else "has none of messages, prompt and completion, text"
+    fits = [layout for layout in SFT_LAYOUTS if named.keys() <= {*layout} <= columns.keys()]
+    if len(fits) != 1:
+        known = [" and ".join(layout) for layout in fits or SFT_LAYOUTS]
         raise RecipeError(
-            f"The data set {problem}; columns: {', '.join(names)}. Set messages_column, prompt_column and "
-            "completion_column, or text_column."
+            f"The data set fits {'more than one' if fits else 'none'} of these layouts: {'; '.join(known)}. Set "
+            f"`messages_column`, or `prompt_column` and `completion_column`, or `text_column`. {listed}"
         )
-    return next(iter(found.values()))
+    return {role: columns[role] for role in fits[0]}
 
 
 def read_messages(value: Any, role: str) -> Messages:
     """Read a conversation from messages, ShareGPT turns or a plain text of `role`.
 
     Raises:
-        Dropped: a turn is not a mapping or has no role, or there is none.
+        Dropped: when a turn is not a mapping or has no role, or there is none.
     """
     if isinstance(value, str):
         return [{"role": role, "content": value}]
@@ -87,6 +78,7 @@ def read_messages(value: Any, role: str) -> Messages:
 
 
 def read_field(row: Mapping[str, Any], column: str, types: tuple[type, ...] = (str, list)) -> Any:
+    """Return the value of a column; drop the row if it is missing or not of one of the types."""
     value = row[column]
     if value is None:
         raise Dropped(f"missing {column}")

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +17,10 @@ from trl.data_utils import extract_prompt
 
 from .layouts import Dropped, Messages, read_field, read_messages
 
-# Of the token cache: a change of what rows become must raise it, or users train on what an older version cached
+# Raise it when rows become different tokens or labels: the key of the token cache depends on it
 FORMAT_VERSION = 1
+
+Spans = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class RenderSettings:
     task: str
     tokenizer: PreTrainedTokenizerBase
     max_length: int | None
-    columns: Mapping[str, str | None]  # prompt, completion, messages, text, chosen, rejected, margin, subset
+    columns: Mapping[str, str]  # see [`choose_columns`]
     prompt_template: str | None = None
     system_prompt: str | None = None
     apply_chat_template: bool | None = None
@@ -37,6 +40,7 @@ class RenderSettings:
     pretraining: bool = False
 
     def fingerprint(self, dataset: Dataset) -> str:
+        """Return the cache's key for the tokens of a data set."""
         keys = {name: value for name, value in vars(self).items() if name != "tokenizer"}
         tokenizer = (self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.tokenizer.eos_token)
         return Hasher.hash((dataset._fingerprint, keys, tokenizer, FORMAT_VERSION))
@@ -44,165 +48,151 @@ class RenderSettings:
 
 @dataclass
 class Rendered:
-    """A row's text, and the parts of it (in characters) that are trained on; None: all of it."""
+    """A row's text, and the parts of it that are trained."""
 
     text: str
-    spans: list[tuple[int, int]] | None = None
-    templated: bool = False
+    spans: Spans | None = None  # in characters; None: all of it
+    templated: bool = False  # by a chat template, which writes the special tokens itself
 
 
 class Renderer:
-    """Rows of text or messages to [`Rendered`], by one recipe's keys."""
+    """Turns rows into texts, or raises [`Dropped`] for a row that cannot be trained on."""
 
     def __init__(self, settings: RenderSettings):
         self.settings = settings
-        self.training_template = None
+        self.marked_template: str | None = None  # with {% generation %} marks
         if settings.assistant_only_loss and settings.tokenizer.chat_template is not None:
-            self.training_template = training_template(settings.tokenizer)
+            if has_generation_markers(settings.tokenizer.chat_template):
+                self.marked_template = settings.tokenizer.chat_template
+            else:
+                with suppress(ValueError):  # TRL has none of this template
+                    self.marked_template = get_training_chat_template(settings.tokenizer)
 
-    def is_templated(self, *parts: Any) -> bool:
-        if any(isinstance(part, list) for part in parts):
-            if self.settings.apply_chat_template is False:
-                raise Dropped("messages need a chat template, but apply_chat_template is false")
-            return True
-        return bool(self.settings.apply_chat_template)
-
-    def add_system(self, messages: Messages) -> Messages:
-        if self.settings.system_prompt is None or messages[0]["role"] == "system":
-            return messages
-        return [{"role": "system", "content": self.settings.system_prompt}, *messages]
-
-    def template(self, messages: Messages, row: Mapping[str, Any], generation: bool = False) -> str:
-        tools = row.get("tools")
-        try:
-            return self.settings.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=generation,
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
-                **(row.get("chat_template_kwargs") or {}),
-            )
-        except (TemplateError, TypeError) as error:
-            raise Dropped(f"the chat template rejects it: {error}") from error
-
-    def prompt_text(self, prompt: str) -> str:
-        return prompt if self.settings.prompt_template is None else self.settings.prompt_template.replace("{}", prompt)
-
-    def end(self, text: str) -> str:
-        eos = self.settings.tokenizer.eos_token
-        return text if text.endswith(eos) else text + eos
-
-    def prompted(self, prompt: Any, answers: Sequence[Any], row: Mapping[str, Any]) -> tuple[list[Rendered], bool]:
-        """Prompt + answer for each answer, trained on what follows the prompt."""
-        if any(len(answer) == 0 for answer in answers):
-            raise Dropped("empty answer")
-        if self.is_templated(prompt, *answers):
-            prompt = self.prompt_text(prompt) if isinstance(prompt, str) else prompt
-            before = self.add_system(read_messages(prompt, "user")) if prompt else []
-            texts = [self.template(before + read_messages(answer, "assistant"), row) for answer in answers]
-            start = self.template(before, row, generation=True) if before else ""
-        else:
-            start = self.prompt_text(prompt)
-            texts = [self.end(start + answer) for answer in answers]
-        templated = self.is_templated(prompt, *answers)
-        # A template may render the prompt alone otherwise than in the conversation: the answer starts where they part
-        starts = [len(start if text.startswith(start) else os.path.commonprefix([start, text])) for text in texts]
-        return [Rendered(text, [(cut, len(text))], templated) for cut, text in zip(starts, texts, strict=True)]
+    def render(self, row: Mapping[str, Any]) -> list[Rendered]:
+        """Return the text of an SFT row, or the two texts of a preference pair."""
+        return [self.sft(row)] if self.settings.task == "sft" else self.pair(row)
 
     def sft(self, row: Mapping[str, Any]) -> Rendered:
+        """Return the text of an SFT row."""
         columns = self.settings.columns
+        if "messages" in columns:
+            return self.conversation(row)
         if "text" in columns:
             text = read_field(row, columns["text"], (str,))
             if not text:
                 raise Dropped("empty text")
             return Rendered(text if self.settings.pretraining else self.end(text))
-        if "messages" in columns:
-            messages = self.add_system(read_messages(read_field(row, columns["messages"], (list,)), "user"))
-            if not self.settings.last_turn_only_loss:
-                if self.settings.apply_chat_template is False:
-                    raise Dropped("messages need a chat template, but apply_chat_template is false")
-                text, spans = self.assistant_turns(messages, row)
-                return Rendered(text, spans if self.settings.assistant_only_loss else None, templated=True)
-            prompt, completion = messages[:-1], messages[-1:]
-            if completion[0]["role"] != "assistant":
-                raise Dropped("the last turn is not the assistant's")
-        else:
-            prompt = read_field(row, columns["prompt"])
-            completion = read_field(row, columns["completion"])
-        [text] = self.prompted(prompt, [completion], row)
-        if self.settings.completion_only_loss is False and "messages" not in columns:
-            text.spans = None
-        return text
-
-    def assistant_turns(self, messages: Messages, row: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """A whole conversation, and where the assistant speaks in it, end of turn included."""
-        if not self.settings.assistant_only_loss:
-            return self.template(messages, row), []
-        if self.training_template is not None:
-            texts, spans = self.marked(messages, row)
-        else:
-            texts, spans = self.turn_by_turn(messages, row)
-        if not spans:
-            raise Dropped("no assistant turn")
-        return texts, spans
-
-    def marked(self, messages: Messages, row: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """By the template's own {% generation %} marks."""
-        tools = row.get("tools")
-        try:
-            [text], [spans] = render_jinja_template(
-                conversations=[messages],
-                tools=json.loads(tools) if isinstance(tools, str) else tools,
-                chat_template=self.training_template,
-                return_assistant_tokens_mask=True,
-                **{**self.settings.tokenizer.special_tokens_map, **(row.get("chat_template_kwargs") or {})},
-            )
-        except (TemplateError, TypeError) as error:
-            raise Dropped(f"the chat template rejects it: {error}") from error
-        return text, [tuple(span) for span in spans]
-
-    def turn_by_turn(self, messages: Messages, row: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
-        """By rendering the conversation up to each assistant turn, and through it. Refused where the template renders
-        the beginning of a conversation otherwise than inside the whole, since then no turn has a certain place."""
-        text = self.template(messages, row)
-        spans = []
-        for i, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self.template(messages[:i], row, generation=True) if i else ""
-                through = self.template(messages[: i + 1], row)
-                if not text.startswith(before) or not text.startswith(through):
-                    raise Dropped(
-                        "the chat template renders a turn differently inside a longer conversation, so assistant turns "
-                        "cannot be told apart: use last_turn_only_loss, or a template with {% generation %} marks"
-                    )
-                spans.append((len(before), len(through)))
-        return text, spans
+        prompt, completion = read_field(row, columns["prompt"]), read_field(row, columns["completion"])
+        [rendered] = self.prompted(prompt, [completion], row)
+        if self.settings.completion_only_loss is False:
+            rendered.spans = None
+        return rendered
 
     def pair(self, row: Mapping[str, Any]) -> list[Rendered]:
-        """Chosen and rejected, each with its prompt; trained from where the prompt ends."""
+        """Return the texts of chosen and rejected, each with the prompt and trained from where the prompt ends."""
         columns = self.settings.columns
         chosen, rejected = read_field(row, columns["chosen"]), read_field(row, columns["rejected"])
-        prompt = read_field(row, columns["prompt"]) if columns["prompt"] else None
+        prompt = read_field(row, columns["prompt"]) if "prompt" in columns else None
         if type(chosen) is not type(rejected):
-            raise Dropped("chosen and rejected are of different kinds")
+            raise Dropped("chosen and rejected are of different types")
         if chosen == rejected:
             raise Dropped("chosen equals rejected")
         if isinstance(chosen, list):
             chosen, rejected = read_messages(chosen, "assistant"), read_messages(rejected, "assistant")
-            # Some data sets repeat the prompt inside both sides, beside a prompt column of text
-            whole = chosen[0]["role"] != "assistant"
-            prompt = None if whole else prompt
+            if chosen[0]["role"] != "assistant":  # some data sets repeat the prompt inside both sides
+                prompt = None
         if prompt is None:
             split = extract_prompt({"chosen": chosen, "rejected": rejected})
             prompt, chosen, rejected = split["prompt"], split["chosen"], split["rejected"]
         return self.prompted(prompt, [chosen, rejected], row)
 
+    def prompted(self, prompt: Any, answers: Sequence[Any], row: Mapping[str, Any]) -> list[Rendered]:
+        """Return prompt + answer for each answer, trained on what follows the prompt."""
+        if any(len(answer) == 0 for answer in answers):
+            raise Dropped("empty answer")
+        templated = self.is_templated(prompt, *answers)
+        if isinstance(prompt, str) and self.settings.prompt_template is not None:
+            prompt = self.settings.prompt_template.replace("{}", prompt)
+        if templated:
+            before = self.add_system(read_messages(prompt, "user")) if prompt else []
+            texts = [self.template(before + read_messages(answer, "assistant"), row)[0] for answer in answers]
+            start = self.template(before, row, generation=True)[0] if before else ""
+        else:
+            start = prompt
+            texts = [self.end(start + answer) for answer in answers]
+        # A template may render the prompt alone differently: the answer starts where the two renderings part
+        starts = [len(start if text.startswith(start) else os.path.commonprefix([start, text])) for text in texts]
+        return [Rendered(text, [(cut, len(text))], templated) for cut, text in zip(starts, texts, strict=True)]
 
-def training_template(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The template with {% generation %} marks: the tokenizer's own, or TRL's version of it, if there is one."""
-    if has_generation_markers(tokenizer.chat_template):
-        return tokenizer.chat_template
-    try:
-        return get_training_chat_template(tokenizer)
-    except ValueError:
-        return None
+    def conversation(self, row: Mapping[str, Any]) -> Rendered:
+        """Return a whole conversation, trained throughout, on the assistant's turns or on the last turn."""
+        messages = self.add_system(read_messages(read_field(row, self.settings.columns["messages"], (list,)), "user"))
+        if self.settings.last_turn_only_loss:
+            if messages[-1]["role"] != "assistant":
+                raise Dropped("the last turn is not the assistant's")
+            return self.prompted(messages[:-1], [messages[-1:]], row)[0]
+        templated = self.is_templated(messages)
+        text, spans = self.template(messages, row, marked=self.marked_template)
+        if not self.settings.assistant_only_loss:
+            return Rendered(text, None, templated)
+        if self.marked_template is None:
+            spans = self.turn_by_turn(messages, row, text)
+        if not spans:
+            raise Dropped("no assistant turn")
+        return Rendered(text, spans, templated)
+
+    def turn_by_turn(self, messages: Messages, row: Mapping[str, Any], text: str) -> Spans:
+        """Find the assistant's turns in `text` by rendering the conversation up to each of them, and through it.
+
+        Their place is uncertain where the template renders a beginning differently inside the whole conversation.
+        """
+        spans = []
+        for i, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self.template(messages[:i], row, generation=True)[0] if i else ""
+                through = self.template(messages[: i + 1], row)[0]
+                if not text.startswith(before) or not text.startswith(through):
+                    raise Dropped(
+                        "assistant turns cannot be told apart: set last_turn_only_loss or add {% generation %} marks"
+                    )
+                spans.append((len(before), len(through)))
+        return spans
+
+    def template(
+        self, messages: Messages, row: Mapping[str, Any], generation: bool = False, marked: str | None = None
+    ) -> tuple[str, Spans]:
+        """Render turns by the tokenizer's template, with the beginning of an answer if `generation`.
+
+        A template with {% generation %} marks may take its place; the spans that it marks are returned, too.
+        """
+        tokenizer, tools = self.settings.tokenizer, row.get("tools")
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+        try:
+            [text], spans = render_jinja_template(
+                conversations=[messages],
+                tools=tools,
+                chat_template=marked or tokenizer.get_chat_template(tools=tools),
+                return_assistant_tokens_mask=marked is not None,
+                add_generation_prompt=generation,
+                **{**tokenizer.special_tokens_map, **(row.get("chat_template_kwargs") or {})},
+            )
+        except (TemplateError, TypeError) as error:
+            raise Dropped(f"chat template error: {error}") from error
+        return text, [tuple(span) for marks in spans for span in marks]
+
+    def is_templated(self, *parts: Any) -> bool:
+        """Return whether a chat template renders these parts, texts or lists of turns."""
+        has_turns = any(isinstance(part, list) for part in parts)
+        if has_turns and self.settings.apply_chat_template is False:
+            raise Dropped("messages need a chat template, but apply_chat_template is false")
+        return has_turns or bool(self.settings.apply_chat_template)
+
+    def add_system(self, messages: Messages) -> Messages:
+        """Return the turns with the recipe's system prompt, unless they have their own."""
+        if self.settings.system_prompt is None or messages[0]["role"] == "system":
+            return messages
+        return [{"role": "system", "content": self.settings.system_prompt}, *messages]
+
+    def end(self, text: str) -> str:
+        """Return a text that ends with EOS."""
+        return text.removesuffix(self.settings.tokenizer.eos_token) + self.settings.tokenizer.eos_token

@@ -1,0 +1,77 @@
+"""What rows become is pinned to FORMAT_VERSION, on which the token cache depends."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from tunebook.data.rendering import FORMAT_VERSION, RenderSettings
+from tunebook.data.tokens import CUT, KEPT, process_batch
+
+HASHES = {1: "347e33889019164b06278a67fe7a533b1ce5c850fee99b33a87d1927ecee2a26"}
+
+TEMPLATE = (
+    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + '<e>' }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MARKED = TEMPLATE.replace(
+    "{{ m['content'] + '<e>' }}",
+    "{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + '<e>' }}{% endgeneration %}"
+    "{% else %}{{ m['content'] + '<e>' }}{% endif %}",
+)
+USER, ASSISTANT = {"role": "user", "content": "two plus three?"}, {"role": "assistant", "content": "fünf 五."}
+SIX = {"role": "assistant", "content": "six"}
+CHAT = [USER, ASSISTANT]
+MESSAGES = {"messages": [CHAT, [*CHAT, USER, SIX], [{"role": "system", "content": "be brief"}, *CHAT], [USER]]}
+PROMPTS = {"prompt": ["2 + 3? ", "", "long " * 9], "completion": ["5", "one", "four"]}
+TURNS = {"prompt": [[USER], [*CHAT, USER]], "completion": [[ASSISTANT], [SIX]]}
+TEXTS = {"text": ["the quick brown fox", "", "zwölf <e>"]}
+PAIRS = {"prompt": PROMPTS["prompt"], "chosen": PROMPTS["completion"], "rejected": ["6", "one", "three"]}
+TURN_PAIRS = {"prompt": [[USER]], "chosen": [[ASSISTANT]], "rejected": [[SIX]]}
+WHOLE_PAIRS = {"chosen": [CHAT, [USER, SIX]], "rejected": [[USER, SIX], CHAT]}
+SCORED_PAIRS = {**PAIRS, "margin": [0.5, "1", None], "subset": ["easy", "hard", 3]}
+
+
+def tokenize_everything() -> dict[str, list]:
+    """Return the trained rows of each layout under each setting, whole and cut, in the order of the rows."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # not trained, so that no other version trains it otherwise
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain, marked = (PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>") for _ in range(2))
+    plain.chat_template, marked.chat_template = TEMPLATE, MARKED
+
+    sft, rm, dpo = (RenderSettings(task, plain, None, {}) for task in ("sft", "rm", "dpo"))
+    cases = [(sft, rows) for rows in (MESSAGES, PROMPTS, TURNS, TEXTS)]
+    cases += [(task, rows) for task in (rm, dpo) for rows in (PAIRS, TURN_PAIRS, WHOLE_PAIRS, SCORED_PAIRS)]
+    cases += [
+        (replace(sft, assistant_only_loss=True), MESSAGES),
+        (replace(sft, assistant_only_loss=True, tokenizer=marked), MESSAGES),
+        (replace(sft, last_turn_only_loss=True, system_prompt="be brief"), MESSAGES),
+        (replace(sft, completion_only_loss=False), PROMPTS),
+        (replace(sft, prompt_template="Q: {}\nA: "), PROMPTS),
+        (replace(sft, apply_chat_template=True, system_prompt="be brief"), PROMPTS),
+        (replace(sft, pretraining=True), TEXTS),
+        (replace(dpo, prompt_template="Q: {}\nA: ", apply_chat_template=True), PAIRS),
+    ]
+    tokens = {}
+    for number, (settings, rows) in enumerate(cases):
+        columns = {name: name for name in rows}
+        for max_length in (None, 40):
+            batch = process_batch(rows, replace(settings, columns=columns, max_length=max_length))
+            outcomes = batch.pop("outcome")
+            tokens[f"{number} {max_length}"] = [
+                dict(zip(batch, row, strict=True))
+                for row, outcome in zip(zip(*batch.values(), strict=True), outcomes, strict=True)
+                if outcome in (KEPT, CUT)
+            ]
+    return tokens
+
+
+def test_the_format_version_is_raised_when_rows_become_other_tokens():
+    digest = hashlib.sha256(json.dumps(tokenize_everything()).encode()).hexdigest()
+    assert HASHES.get(FORMAT_VERSION) == digest and len(set(HASHES.values())) == len(HASHES), (
+        "Rows become other tokens or labels than before. Raise FORMAT_VERSION in data/rendering.py, or users train on "
+        f"what an older version cached, and add its hash here: {FORMAT_VERSION}: {digest!r}."
+    )
