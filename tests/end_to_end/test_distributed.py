@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import launch_runs
+from conftest import launch_runs, short_recipe
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -25,24 +25,16 @@ MODELS = {
 METRICS = {"sft": [], "rm": ["accuracy", "margin"], "dpo": ["rewards/accuracies", "logps/chosen"]}
 
 
-def recipe(tiny, rows, output_dir, changes) -> dict:
-    return {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 4,
-        "global_batch_size": 8,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "do_eval": True,
-        "test_split_size": 8,
-        "per_device_eval_batch_size": 4,
-        "disable_tqdm": True,
-        **changes,
-    }
+KEYS = {
+    "max_steps": 4,
+    "global_batch_size": 8,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "do_eval": True,
+    "test_split_size": 8,
+    "per_device_eval_batch_size": 4,
+}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +42,8 @@ def recipes(tiny, sft_rows, pair_rows):
     """Task and recipe of each run, by the folder of all."""
     rows = {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}
     return lambda folder: {
-        name: (task, recipe(tiny, rows[task], folder / name, changes)) for name, (task, changes) in RUNS.items()
+        name: (task, short_recipe(tiny, rows[task], folder / name, **KEYS, **changes))
+        for name, (task, changes) in RUNS.items()
     }
 
 
@@ -65,7 +58,7 @@ def one_process(recipes, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
 def two_processes(request, recipes, tmp_path_factory):
-    """Folder of the runs of two processes, and of one more that goes on from a checkpoint of the first."""
+    """Folder of the runs of two processes, and of one more that resumes from a checkpoint of the first."""
     folder = tmp_path_factory.mktemp(request.param)
     runs = recipes(folder)
     resumed = {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")}
@@ -87,6 +80,6 @@ def test_two_processes_equal_one(run, one_process, two_processes):
     MODELS[run].from_pretrained(two_processes / run / "checkpoint-4")
 
 
-def test_two_processes_go_on_from_their_checkpoint(two_processes):
+def test_two_processes_resume_from_their_checkpoint(two_processes):
     assert not (two_processes / "resumed" / "checkpoint-2").exists()
     assert metrics(two_processes / "resumed", "loss") == pytest.approx(metrics(two_processes / "sft", "loss"), rel=1e-6)

@@ -9,26 +9,19 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import ROOT, assert_same_weights, launch, launch_command, options
+from conftest import ROOT, assert_same_weights, launch, launch_command, options, short_recipe
 from slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.slow
 
 
-def recipe(tiny, rows, output_dir) -> dict:
-    return {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 6,
-        "global_batch_size": 8,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "disable_tqdm": True,
-    }
+KEYS = {
+    "max_steps": 6,
+    "global_batch_size": 8,
+    "per_device_train_batch_size": 2,
+    "save_strategy": "steps",
+    "save_steps": 2,
+}
 
 
 def wait_for(condition, seconds: float, message=lambda: ""):
@@ -47,7 +40,7 @@ def rank_process(launcher: subprocess.Popen) -> psutil.Process:
 def uninterrupted(tiny, sft_rows, tmp_path_factory):
     """Output folder of a run of two processes on one host."""
     folder = tmp_path_factory.mktemp("uninterrupted")
-    done = launch("src/sft.py", *options(recipe(tiny, sft_rows, folder)), config="zero3", processes=2)
+    done = launch("src/sft.py", *options(short_recipe(tiny, sft_rows, folder, **KEYS)), config="zero3", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]
     return folder
 
@@ -92,10 +85,10 @@ def start_on(hosts, keys, log_folder) -> list[subprocess.Popen]:
     return launchers
 
 
-def test_two_hosts_end_with_a_rank_that_dies_and_go_on_to_the_weights_of_one_host(
+def test_two_hosts_end_with_a_rank_that_dies_and_resume_to_the_weights_of_one_host(
     hosts, uninterrupted, tiny, sft_rows, tmp_path
 ):
-    keys = recipe(tiny, sft_rows, tmp_path / "o")
+    keys = short_recipe(tiny, sft_rows, tmp_path / "o", **KEYS)
     launchers = start_on(hosts, keys, tmp_path)
     wait_for((tmp_path / "o" / "checkpoint-4" / "manifest.json").exists, 300, (tmp_path / "0.log").read_text)
     rank_process(launchers[1]).kill()
@@ -120,8 +113,8 @@ def show_job(number: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
 
-def test_a_slurm_job_of_two_nodes_that_is_requeued_goes_on(slurm, uninterrupted, tiny, sft_rows, tmp_path, monkeypatch):
-    keys, log = recipe(tiny, sft_rows, tmp_path / "o"), tmp_path / "log.txt"
+def test_a_slurm_job_of_two_nodes_that_is_requeued_resumes(slurm, uninterrupted, tiny, sft_rows, tmp_path, monkeypatch):
+    keys, log = short_recipe(tiny, sft_rows, tmp_path / "o", **KEYS), tmp_path / "log.txt"
     (tmp_path / "recipe.yaml").write_text(json.dumps(keys))
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     monkeypatch.setenv("SBATCH_GRES", "gpu:1")

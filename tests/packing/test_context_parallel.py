@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import launch_runs
+from conftest import launch_runs, short_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -197,31 +197,21 @@ def test_no_document_sees_another(ranks, size):
 # The scripts
 
 
-def recipe(task: str, folder: Path, output_dir: Path, **changes) -> dict:
-    rows = {"dataset_name": str(folder / ("sft.jsonl" if task == "sft" else "pairs.jsonl"))}
-    return {
-        "model_name_or_path": str(folder / "tiny"),
-        **rows,
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 4,
-        "max_length": 64,
-        "packing": True,
-        "global_batch_size": 4,
-        "per_device_train_batch_size": 2,
-        # Adam would divide the noise of gradients that cancel out by their size
-        "optim": "sgd",
-        "learning_rate": 0.1,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "do_eval": True,
-        "test_split_size": 7,  # no multiple of the batch
-        "per_device_eval_batch_size": 2,
-        "disable_tqdm": True,
-        **changes,
-    }
-
-
+KEYS = {
+    "max_steps": 4,
+    "max_length": 64,
+    "packing": True,
+    "global_batch_size": 4,
+    "per_device_train_batch_size": 2,
+    # Adam would divide the noise of gradients that cancel out by their size
+    "optim": "sgd",
+    "learning_rate": 0.1,
+    "save_strategy": "steps",
+    "save_steps": 2,
+    "do_eval": True,
+    "test_split_size": 7,  # not a multiple of the batch
+    "per_device_eval_batch_size": 2,
+}
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0, "lora_target_modules": ["q_proj", "v_proj"]}
 LORA |= {"learning_rate": 1.0}
 RUNS = {
@@ -238,7 +228,8 @@ SHARED = {"context_parallel_size": 2, "context_parallel_head_stride": 1}
 def named(name: str, folder: Path, output_dir: Path, **changes) -> tuple[str, dict]:
     """Task and recipe of a run of `RUNS`."""
     task, keys = RUNS.get(name, ("dpo", {}))
-    return task, recipe(task, folder, output_dir / name, **keys, **changes)
+    rows = folder / ("sft.jsonl" if task == "sft" else "pairs.jsonl")
+    return task, short_recipe(folder / "tiny", rows, output_dir / name, **KEYS | keys | changes)
 
 
 @pytest.fixture(scope="module")
@@ -253,7 +244,7 @@ def folder(tiny, sft_rows, pair_rows, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def shared(folder):
-    """All runs, and one that goes on from one process's checkpoint, by a group of two processes under DDP."""
+    """All runs, and one that resumes from one process's checkpoint, by a group of two processes under DDP."""
     shutil.copytree(folder / "one" / "dpo" / "checkpoint-2", folder / "shared" / RESUMED / "checkpoint-2")
     launch_runs([named(name, folder, folder / "shared", **SHARED) for name in (*RUNS, RESUMED)], "ddp", processes=2)
     return folder
@@ -285,7 +276,7 @@ def test_a_group_of_processes_logs_and_saves_what_one_process_does(shared, name)
 
 
 @pytest.mark.slow
-def test_a_group_goes_on_from_the_checkpoint_of_one_process(shared):
+def test_a_group_resumes_from_the_checkpoint_of_one_process(shared):
     assert_same_run(shared / "shared" / RESUMED, shared / "one" / "dpo", but=("num_tokens", "train_loss"))
 
 
@@ -300,35 +291,38 @@ def test_two_groups_that_share_the_weights_train_what_one_process_does(folder):
 # Refusals
 
 
-KEYS = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "max_length": 64}
+BARE = {"model_name_or_path": "m", "dataset_name": "d", "output_dir": "o", "max_length": 64}
+SHARES = BARE | {"context_parallel_size": 2}
 
 
 @pytest.mark.parametrize("task", TASKS)
 def test_rows_that_are_not_packed_are_refused(task):
-    with pytest.raises(RecipeError, match="context_parallel_size.*Set packing: true"):
-        parse(task, KEYS | {"context_parallel_size": 2})
+    with pytest.raises(RecipeError, match="context_parallel_size.*Set `packing: true`"):
+        parse(task, SHARES)
 
 
 def test_processes_that_make_no_groups_are_refused():
     with pytest.raises(RecipeError, match="`context_parallel_size` 2 does not divide the 1 processes"):
-        prepare(parse("sft", KEYS | {"context_parallel_size": 2, "packing": True}))
+        prepare(parse("sft", SHARES | {"packing": True}))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (BARE | {"context_parallel_head_stride": 2}, "context_parallel_head_stride.*needs context_parallel_size"),
+        (SHARES | {"neftune_noise_alpha": 5}, "context_parallel_size.*neftune_noise_alpha"),  # noise on the embeddings
+    ],
+)
+def test_what_does_not_go_with_it_is_refused(keys, message):
+    with pytest.raises(RecipeError, match=message):
+        parse("sft", keys | {"packing": True})
 
 
 def test_accelerates_own_parallelism_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
     monkeypatch.setattr(tunebook.recipe.configs.RunConfig, "world_size", 2, raising=False)
     with pytest.raises(RecipeError, match="context_parallel_size.*accelerate's parallelism_config"):
-        parse("sft", KEYS | {"context_parallel_size": 2, "packing": True})
-
-
-def test_a_stride_without_groups_is_refused():
-    with pytest.raises(RecipeError, match="context_parallel_head_stride.*needs context_parallel_size"):
-        parse("sft", KEYS | {"context_parallel_head_stride": 2, "packing": True})
-
-
-def test_noise_on_the_embeddings_is_refused():
-    with pytest.raises(RecipeError, match="context_parallel_size.*neftune_noise_alpha"):
-        parse("sft", KEYS | {"context_parallel_size": 2, "packing": True, "neftune_noise_alpha": 5})
+        parse("sft", SHARES | {"packing": True})
 
 
 @pytest.mark.parametrize("rope", ["dynamic", "longrope"])

@@ -2,7 +2,7 @@
 
 import copy
 import itertools
-from contextlib import contextmanager
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
-from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import add_fused_lm_head
 
 from tunebook.packing.batches import TokenBatchSampler, pair_lengths
@@ -54,15 +53,6 @@ def build(name: str, task: str = "ForCausalLM"):
     config = getattr(transformers, f"{family}Config")(**SIZES, **changes)
     config.num_labels = 1 if task == "ForSequenceClassification" else 2
     return getattr(transformers, f"{family}{task}")(config).train()
-
-
-@contextmanager
-def trl_head():
-    """TRL's own head, which the first patched model replaces for the process."""
-    ours = trl.trainer.utils._ChunkedLogProbFunction
-    trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
-    yield
-    trl.trainer.utils._ChunkedLogProbFunction = ours
 
 
 tokens = st.lists(st.integers(1, 5), max_size=7)  # few tokens, so that completions often start alike
@@ -130,10 +120,9 @@ def test_causal_lm_equals_trl_padded(name, mode):
     @given(rows=batches, left=st.booleans(), max_length=st.sampled_from([None, 8]))
     def check(rows, left, max_length):
         batch = collate(rows, left, max_length)
-        with trl_head():
-            # Left-padded rows need their positions, which TRL, padding right, does not pass
-            positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
-            expected = expected_model(**batch, position_ids=positions, fused_lm_head=True)
+        # Left-padded rows need their positions, which TRL, padding right, does not pass
+        positions = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        expected = expected_model(**batch, position_ids=positions, fused_lm_head=True)
         output = model(**batch, fused_lm_head=True)
         for field in ("loss", "aux_loss", "label_mask", *FIELDS):
             torch.testing.assert_close(output.get(field), expected.get(field), rtol=1e-4, atol=1e-5, msg=field)
@@ -244,6 +233,32 @@ def test_the_head_equals_autograd(kept, monkeypatch):
     torch.testing.assert_close(gradients, expected_gradients, rtol=1e-4, atol=1e-5)
 
 
+def test_trls_head_is_exchanged_in_our_forward_only():
+    model, batch = build("Llama"), collate([([1, 2], [3], [4, 5])])
+    add_fused_lm_head(model)
+    trls_forward = model.forward
+    pack_causal_lm(model)
+    with patch.object(LogProbs, "apply", wraps=LogProbs.apply) as head:
+        model(**batch, fused_lm_head=True)
+        trls_forward(**batch, fused_lm_head=True)
+    assert head.call_count == 1
+
+
+@pytest.mark.parametrize("task", ["ForCausalLM", "ForSequenceClassification"])
+def test_a_model_that_is_packed_twice_is_packed_as_the_second_call_says(task):
+    results = []
+    for calls in ([False], [True, False]):  # share_prefix
+        model, batch = build(task=task, name="Llama"), collate([([1, 2], [3], [3, 5])])
+        if task == "ForCausalLM":
+            add_fused_lm_head(model)
+        for share_prefix in calls:
+            (pack_causal_lm if task == "ForCausalLM" else pack_reward_model)(model, True, share_prefix)
+        call = {"fused_lm_head": True} if task == "ForCausalLM" else {"labels": None}
+        output = model(**batch | call)
+        results.append(output.log_probs if task == "ForCausalLM" else output.logits)
+    assert torch.equal(*results)
+
+
 def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
     model = build("Llama")
     add_fused_lm_head(model)
@@ -268,15 +283,13 @@ def folder(tmp_path_factory):
 
 
 def preferences():
-    rows = [
+    return Dataset.from_dict(
         {
-            "prompt": "what is " * (1 + i % 3),
-            "chosen": "five " * (1 + i % 5) + "plus",
-            "rejected": "five two " * (1 + i % 4),
+            "prompt": ["what is " * (1 + i % 3) for i in range(24)],
+            "chosen": ["five " * (1 + i % 5) + "plus" for i in range(24)],
+            "rejected": ["five two " * (1 + i % 4) for i in range(24)],
         }
-        for i in range(24)
-    ]
-    return Dataset.from_list(rows)
+    )
 
 
 def train(kind, folder, output_dir, patch, rows=None, **changes):
@@ -291,11 +304,8 @@ def train(kind, folder, output_dir, patch, rows=None, **changes):
     trainer = trainer_class(
         str(folder), args=args, train_dataset=rows, eval_dataset=rows.select(range(7)), peft_config=peft_config
     )
-    head = ChunkedLogProbFunction
     if patch is not None:
         patch(trainer)
-        head = LogProbs
-    trl.trainer.utils._ChunkedLogProbFunction = head
     trainer.train()
     return [row for row in trainer.state.log_history if "train_runtime" not in row], trainer
 

@@ -7,7 +7,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from conftest import build_model, launch, options
+from accelerate.utils import DeepSpeedPlugin
+from conftest import assert_same_weights, build_model, launch, logged, options, short_recipe, train
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import (
@@ -21,7 +22,6 @@ from transformers import (
 from tunebook.errors import RecipeError
 from tunebook.recipe import parse
 from tunebook.recipe.rules import check_muon
-from tunebook.scripts import sft
 from tunebook.training.optimizers import MuonWithAdamW, hidden_matrices
 
 
@@ -145,25 +145,7 @@ def test_muon_trains_the_hidden_matrices_and_nothing_else(build, modules):
     assert sorted(leaves) == sorted(modules)
 
 
-def keys(tiny, rows, output_dir, **changes) -> dict:
-    base = {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-        "optim": "muon",
-    }
-    return base | changes
-
-
-def train(*args, **changes):
-    return sft.main(parse("sft", keys(*args, **changes)))
+MUON = {"optim": "muon", "max_steps": 4}
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -174,18 +156,17 @@ def weights(folder) -> dict[str, torch.Tensor]:
 def run(tiny, sft_rows, tmp_path_factory):
     """One uninterrupted run, saved at every step."""
     output_dir = tmp_path_factory.mktemp("runs") / "whole"
-    changes = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
-    return train(tiny, sft_rows, output_dir, **changes), output_dir, changes
+    changes = MUON | {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "cosine", "warmup_steps": 2}
+    return train("sft", tiny, sft_rows, output_dir, **changes), output_dir, changes
 
 
 def test_both_learning_rates_follow_the_schedule(run):
     """Warm-up of two steps, then half a cosine; Muon's is 0.2 sqrt(32) times as large."""
     trainer, _, _ = run
-    logs = [entry for entry in trainer.state.log_history if "learning_rate" in entry]
     shares = [0, 0.5, 1, 0.5]
-    assert [entry["learning_rate"] for entry in logs] == pytest.approx([1e-3 * share for share in shares])
+    assert logged(trainer, "learning_rate") == pytest.approx([1e-3 * share for share in shares])
     muon = [1e-3 * 0.2 * math.sqrt(32) * share for share in shares]
-    assert [entry["muon_learning_rate"] for entry in logs] == pytest.approx(muon)
+    assert logged(trainer, "muon_learning_rate") == pytest.approx(muon)
 
 
 def test_every_parameter_is_in_one_group(run):
@@ -199,21 +180,16 @@ def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(run, tiny,
     shutil.copytree(whole, tmp_path / "parts")
     for step in (3, 4):
         shutil.rmtree(tmp_path / "parts" / f"checkpoint-{step}")
-    train(tiny, sft_rows, tmp_path / "parts", **changes)
-    resumed, uninterrupted = weights(tmp_path / "parts"), weights(whole)
-    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+    train("sft", tiny, sft_rows, tmp_path / "parts", **changes)
+    assert_same_weights(tmp_path / "parts", whole)
 
 
 def test_the_log_says_what_each_side_got(tiny, sft_rows, tmp_path, caplog):
     with caplog.at_level("INFO", "tunebook"):
-        trainer = train(tiny, sft_rows, tmp_path, max_steps=1, muon_learning_rate=0.02)
-    muon, matrices, adamw = re.search(
-        r"Muon trains ([\d,]+) parameters in (\d+) matrices \(learning rate 0.02\), AdamW ([\d,]+) \(0.001\)",
-        caplog.text,
-    ).groups()
+        trainer = train("sft", tiny, sft_rows, tmp_path, optim="muon", max_steps=1, muon_learning_rate=0.02)
     sizes = [p.numel() for name, p in trainer.model.named_parameters() if "_proj" in name]
-    assert (int(muon.replace(",", "")), int(matrices)) == (sum(sizes), len(sizes))
-    assert int(adamw.replace(",", "")) == trainer.model.num_parameters() - sum(sizes)
+    muon = f"Muon trains {sum(sizes):,} parameters in {len(sizes)} matrices (learning rate 0.02)"
+    assert f"{muon}, AdamW {trainer.model.num_parameters() - sum(sizes):,} (0.001)." in caplog.text
     assert "max_grad_norm 1 hardly limits the hidden matrices" in caplog.text
 
 
@@ -221,7 +197,7 @@ def test_stacked_experts_go_to_adamw_with_a_warning(tiny, sft_rows, tokenizer, t
     model = mixtral(vocab_size=len(tokenizer))
     model.save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
-    train(tmp_path / "moe", sft_rows, tmp_path / "out", max_steps=1)
+    train("sft", tmp_path / "moe", sft_rows, tmp_path / "out", optim="muon", max_steps=1)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert f"{experts:,} parameters of AdamW's are stacked experts" in caplog.text
 
@@ -232,17 +208,17 @@ def test_stacked_experts_go_to_adamw_with_a_warning(tiny, sft_rows, tokenizer, t
         ({"optim": "adamw_torch", "muon_momentum": 0.9}, "`muon_momentum` has no effect here. It needs optim: muon"),
         ({"muon_momentum": 1.0}, "`muon_momentum`: input should be less than 1"),
         ({"optim_args": "ns_steps=6"}, "`optim_args` has no effect here"),
-        ({"use_peft": True}, "`use_peft` none: LoRA's matrices go to AdamW"),
+        ({"use_peft": True}, "`use_peft` leaves none: LoRA's matrices go to AdamW"),
     ],
 )
 def test_what_cannot_be_is_refused_when_the_recipe_is_parsed(tiny, sft_rows, tmp_path, changes, message):
     with pytest.raises(RecipeError, match=re.escape(message)):
-        parse("sft", keys(tiny, sft_rows, tmp_path, **changes))
+        parse("sft", short_recipe(tiny, sft_rows, tmp_path, **MUON | changes))
 
 
 def test_a_run_with_nothing_for_muon_is_refused(tiny, sft_rows, tmp_path):
     with pytest.raises(RecipeError, match="has nothing to train"):
-        train(tiny, sft_rows, tmp_path, num_layers_unfrozen=0)
+        train("sft", tiny, sft_rows, tmp_path, optim="muon", num_layers_unfrozen=0)
 
 
 @pytest.mark.parametrize(
@@ -254,9 +230,7 @@ def test_a_run_with_nothing_for_muon_is_refused(tiny, sft_rows, tmp_path):
     ],
 )
 def test_what_deepspeed_cannot_do_right_is_refused(tiny, sft_rows, tmp_path, config, max_grad_norm, message):
-    from accelerate.utils import DeepSpeedPlugin
-
-    args = parse("sft", keys(tiny, sft_rows, tmp_path, max_grad_norm=max_grad_norm)).training
+    args = parse("sft", short_recipe(tiny, sft_rows, tmp_path, **MUON, max_grad_norm=max_grad_norm)).training
     args.deepspeed_plugin = DeepSpeedPlugin(hf_ds_config=config)
     with pytest.raises(ValueError, match=message):
         check_muon(args)
@@ -267,12 +241,12 @@ def zero(tiny, sft_rows, tmp_path_factory):
     """Two processes under ZeRO-2, and one without DeepSpeed on the same batches, whose iteration is the one above: the
     gradients of a tiny model are far from full rank, and torch's bf16 makes noise of what is nearly zero."""
     folder = tmp_path_factory.mktemp("zero")
-    same = {"max_steps": 3, "max_grad_norm": 0, "lr_scheduler_type": "constant"}
-    recipe = keys(tiny, sft_rows, folder / "sharded", per_device_train_batch_size=2, **same)
+    same = {"optim": "muon", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
+    recipe = short_recipe(tiny, sft_rows, folder / "sharded", per_device_train_batch_size=2, **same)
     sharded = launch("src/sft.py", *options(recipe), config="zero2", processes=2)
     assert sharded.returncode == 0, sharded.stderr
     with patch("torch.optim._muon._zeropower_via_newtonschulz", lambda gradient, *_: newton_schulz(gradient)):
-        train(tiny, sft_rows, folder / "whole", **same)
+        train("sft", tiny, sft_rows, folder / "whole", **same)
     return sharded.stderr, folder
 
 

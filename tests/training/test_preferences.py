@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import trl
 from accelerate import DeepSpeedPlugin
-from conftest import build_tokenizer, write_rows
+from conftest import assert_same_weights, build_model, build_tokenizer, logged, short_recipe, train, write_rows
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
@@ -18,42 +19,31 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
 )
 from typer.testing import CliRunner
 
 import tunebook
 from tunebook.errors import RecipeError
 from tunebook.following.pairs import score_ids
+from tunebook.packing.forward import RewardOutput
 from tunebook.recipe import parse
-from tunebook.scripts import dpo, rm
+from tunebook.scripts import dpo
 from tunebook.tools.cli import app
 from tunebook.tools.merge import merge
 from tunebook.tools.score import load_scorer, score_file
 from tunebook.training.models import load_reward_model
-from tunebook.training.trainers import DPOTrainer, PairPackingMixin, RewardTrainer, offloaded_parameters
+from tunebook.training.trainers import PairPackingMixin, offloaded_parameters
+
+LORA = {"use_peft": True, "lora_target_modules": ["q_proj"], "learning_rate": 0.05}
 
 
-def train(script, tiny, rows, output_dir, **changes):
-    keys = {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-3,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    given = {name: value for name, value in (keys | changes).items() if value is not None}
-    return script.main(parse(script.__name__.rpartition(".")[2], given))
-
-
-def logged(trainer, name: str) -> list[float]:
-    return [entry[name] for entry in trainer.state.log_history if name in entry]
+def save(folder, model, tokenizer):
+    """A folder with a model and its tokenizer."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 # ---- The reward model's loss ----
@@ -67,14 +57,12 @@ class FixedRewards(torch.nn.Module):
         self.rewards, self.aux_loss = rewards, aux_loss
 
     def forward(self, **inputs):
-        from tunebook.packing.forward import RewardOutput
-
         return RewardOutput(logits=self.rewards[:, None], aux_loss=self.aux_loss and torch.tensor(self.aux_loss))
 
 
 @pytest.fixture(scope="module")
 def reward_trainer(tiny, pair_rows, tmp_path_factory):
-    return train(rm, tiny, pair_rows, tmp_path_factory.mktemp("rm"), max_steps=1)
+    return train("rm", tiny, pair_rows, tmp_path_factory.mktemp("rm"), max_steps=1)
 
 
 def test_the_reward_loss_equals_float64_arithmetic_on_random_cases(reward_trainer):
@@ -113,34 +101,20 @@ def test_fp32_loss_keeps_what_bf16_would_lose(reward_trainer):
     assert losses[True].item() == pytest.approx(math.log1p(math.exp(0.03125 - 8)), rel=1e-3)
 
 
-def test_without_our_keys_the_run_equals_trls(tiny, pair_rows, tmp_path):
+@pytest.mark.parametrize(
+    ("task", "config", "trainer_class"),
+    [("rm", trl.RewardConfig, trl.RewardTrainer), ("dpo", trl.DPOConfig, trl.DPOTrainer)],
+)
+def test_without_our_keys_the_run_equals_trls(task, config, trainer_class, tiny, pair_rows, tmp_path):
     """Same rows, seed and hyperparameters under TRL's own RewardTrainer and DPOTrainer."""
     rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
     dataset = Dataset.from_list(rows).select_columns(["prompt", "chosen", "rejected"])
-    common = dict(max_steps=3, per_device_train_batch_size=4, learning_rate=1e-3, logging_steps=1, save_strategy="no")
-    common |= dict(bf16=False, use_cpu=True, report_to="none", disable_tqdm=True)
-    for script, config, trainer_class in (
-        (rm, trl.RewardConfig, trl.RewardTrainer),
-        (dpo, trl.DPOConfig, trl.DPOTrainer),
-    ):
-        theirs = trainer_class(str(tiny), args=config(str(tmp_path / "t"), **common), train_dataset=dataset)
-        theirs.train()
-        ours = train(script, tiny, pair_rows, tmp_path / "o")
-        for name in ("loss", "grad_norm"):
-            assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=1e-4), (script.__name__, name)
-
-
-def test_the_balancing_loss_reaches_the_reward_model(tmp_path, tokenizer, pair_rows):
-    torch.manual_seed(0)
-    small = dict(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, num_experts_per_tok=2, **small)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
-    tokenizer.save_pretrained(tmp_path / "moe")
-    runs = [train(rm, tmp_path / "moe", pair_rows, tmp_path / f"o{c}", router_aux_loss_coef=c) for c in (0.0, 0.5)]
-    expected = logged(runs[0], "loss")[0] + 0.5 * logged(runs[1], "aux_loss")[0]
-    assert logged(runs[1], "loss")[0] == pytest.approx(expected, rel=1e-4)
+    same = short_recipe(tiny, pair_rows, tmp_path / "theirs", model_name_or_path=None, dataset_name=None)
+    theirs = trainer_class(str(tiny), args=config(use_cpu=True, report_to="none", **same), train_dataset=dataset)
+    theirs.train()
+    ours = train(task, tiny, pair_rows, tmp_path / "ours")
+    for name in ("loss", "grad_norm"):
+        assert logged(ours, name) == pytest.approx(logged(theirs, name), rel=1e-4), name
 
 
 # ---- The reward model as saved ----
@@ -150,7 +124,7 @@ def test_the_balancing_loss_reaches_the_reward_model(tmp_path, tokenizer, pair_r
 def reward_model(tiny, pair_rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rm") / "calibrated"
     keys = {"do_eval": True, "test_split_size": 9, "per_device_eval_batch_size": 4, "subset_column": "subset"}
-    return train(rm, tiny, pair_rows, folder, calibrate_rewards=True, **keys), folder
+    return train("rm", tiny, pair_rows, folder, calibrate_rewards=True, **keys), folder
 
 
 def test_calibration_and_accuracy_by_subset_equal_a_loop_over_the_pairs(reward_model):
@@ -175,18 +149,14 @@ def test_calibration_and_accuracy_by_subset_equal_a_loop_over_the_pairs(reward_m
 @pytest.fixture(scope="module")
 def eos_padded(tmp_path_factory):
     """A model whose pad token is its EOS token, as many are published."""
-    folder = tmp_path_factory.mktemp("models") / "eos_padded"
     tokenizer = build_tokenizer(special=("<|im_start|>", "<|im_end|>"))
     tokenizer.pad_token = tokenizer.eos_token
-    from conftest import build_model
-
-    build_model(len(tokenizer), pad_token_id=tokenizer.eos_token_id).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = build_model(len(tokenizer), pad_token_id=tokenizer.eos_token_id)
+    return save(tmp_path_factory.mktemp("models") / "eos_padded", model, tokenizer)
 
 
 def test_the_reward_is_read_at_eos_although_pad_is_eos(eos_padded, pair_rows, tmp_path):
-    trainer = train(rm, eos_padded, pair_rows, tmp_path / "o", do_eval=True, test_split_size=8)
+    trainer = train("rm", eos_padded, pair_rows, tmp_path / "o", do_eval=True, test_split_size=8)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o")
     assert tokenizer.pad_token != tokenizer.eos_token
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
@@ -195,22 +165,19 @@ def test_the_reward_is_read_at_eos_although_pad_is_eos(eos_padded, pair_rows, tm
     at_eos = model.score(model.model(torch.tensor([row])).last_hidden_state[0, -1]).item()
     assert model(torch.tensor([row])).logits.item() == pytest.approx(at_eos, abs=1e-6)
     padded = torch.tensor([row + [tokenizer.pad_token_id] * 3])
-    assert model(padded, attention_mask=(padded != tokenizer.pad_token_id).long()).logits.item() == pytest.approx(
-        at_eos, abs=1e-5
-    )
+    mask = (padded != tokenizer.pad_token_id).long()
+    assert model(padded, attention_mask=mask).logits.item() == pytest.approx(at_eos, abs=1e-5)
 
 
 def test_another_head_name_is_saved_and_found_again(tiny, pair_rows, tmp_path):
-    trainer = train(rm, tiny, pair_rows, tmp_path / "o", value_head_prefix="value_head")
+    trainer = train("rm", tiny, pair_rows, tmp_path / "o", value_head_prefix="value_head")
     assert "value_head.weight" in load_file(tmp_path / "o" / "model.safetensors")
     again = load_reward_model(str(tmp_path / "o"))
     assert torch.equal(again.score.weight, trainer.model.score.weight)
 
 
 def test_lora_trains_and_merges_the_reward_head(tiny, pair_rows, tmp_path):
-    trainer = train(
-        rm, tiny, pair_rows, tmp_path / "o", use_peft=True, lora_target_modules=["q_proj"], learning_rate=0.05
-    )
+    trainer = train("rm", tiny, pair_rows, tmp_path / "o", **LORA)
     head = trainer.model.base_model.model.score.modules_to_save["default"].weight
     assert head.requires_grad and trainer.model.peft_config["default"].task_type == "SEQ_CLS"
     rows = [row["chosen_ids"] for row in trainer.train_dataset]
@@ -224,14 +191,11 @@ def test_lora_trains_and_merges_the_reward_head(tiny, pair_rows, tmp_path):
 
 
 def test_merging_into_another_base_is_noticed(tiny, pair_rows, tmp_path):
-    from conftest import build_model
-
-    train(dpo, tiny, pair_rows, tmp_path / "o", use_peft=True, lora_target_modules=["q_proj"], learning_rate=0.05)
+    train("dpo", tiny, pair_rows, tmp_path / "o", **LORA)
     merge(tmp_path / "o", tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert not torch.equal(
-        merged.model.layers[0].self_attn.q_proj.weight, build_model(320).model.layers[0].self_attn.q_proj.weight
-    )
+    queries = [model.model.layers[0].self_attn.q_proj.weight for model in (merged, build_model(320))]
+    assert not torch.equal(*queries)
     with pytest.raises(RecipeError, match="holds no adapter"):
         merge(tmp_path / "merged", tmp_path / "again")
 
@@ -240,14 +204,11 @@ def test_score_writes_raw_and_normalized_rewards_of_a_file(reward_model, tmp_pat
     _, folder = reward_model
     rows = [{"prompt": "what is 1? ", "completion": "five"}, {"prompt": "what? ", "completion": "one and four " * 3}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
-    done = CliRunner().invoke(
-        app, ["score", str(folder), str(path), "--out", str(tmp_path / "r.jsonl"), "--batch-size", "2"]
-    )
+    options = ["--out", str(tmp_path / "r.jsonl"), "--batch-size", "2"]
+    done = CliRunner().invoke(app, ["score", str(folder), str(path), *options])
     assert done.exit_code == 0, done.output
-    model, tokenizer = (
-        AutoModelForSequenceClassification.from_pretrained(folder),
-        AutoTokenizer.from_pretrained(folder),
-    )
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     for row, line in zip(rows, (tmp_path / "r.jsonl").read_text().splitlines(), strict=True):
         scored = json.loads(line)
         ids = tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, return_tensors="pt")["input_ids"]
@@ -259,26 +220,19 @@ def test_score_writes_raw_and_normalized_rewards_of_a_file(reward_model, tmp_pat
 @pytest.mark.parametrize("templated", [False, True])
 def test_a_reward_model_is_benchmarked_on_files_of_pairs(templated, tiny, pair_rows, tmp_path):
     """On text like the rows it trains on."""
-    keys = {
-        "apply_chat_template": templated,
-        "do_eval": True,
-        "test_split_size": 9,
-        "packing": True,
-        "pair_benchmarks": [str(pair_rows)],
-        "per_device_eval_batch_size": 5,
-    }
-    trainer = train(rm, tiny, pair_rows, tmp_path / "o", **keys)
+    keys = {"packing": True, "do_eval": True, "test_split_size": 9, "per_device_eval_batch_size": 5}
+    benchmarks = {"apply_chat_template": templated, "pair_benchmarks": [str(pair_rows)]}
+    trainer = train("rm", tiny, pair_rows, tmp_path / "o", **keys, **benchmarks)
     [row] = [json.loads(line) for line in (tmp_path / "o" / "benchmarks.jsonl").read_text().splitlines()]
     model, tokenizer = load_scorer(str(tmp_path / "o"))
     won = {}
     for line in pair_rows.read_text().splitlines():
         pair = json.loads(line)
-        texts = [pair["prompt"] + pair[side] + tokenizer.eos_token for side in ("chosen", "rejected")]
+        answers = [pair[side] for side in ("chosen", "rejected")]
+        texts = [pair["prompt"] + answer + tokenizer.eos_token for answer in answers]
         if templated:
-            turns = [
-                [{"role": "user", "content": pair["prompt"]}, {"role": "assistant", "content": pair[side]}]
-                for side in ("chosen", "rejected")
-            ]
+            user = {"role": "user", "content": pair["prompt"]}
+            turns = [[user, {"role": "assistant", "content": answer}] for answer in answers]
             texts = tokenizer.apply_chat_template(turns, tokenize=False)
         chosen, rejected = score_ids(model, tokenizer(texts)["input_ids"])
         won.setdefault(pair["subset"], []).append(chosen > rejected)
@@ -290,7 +244,7 @@ def test_a_reward_model_is_benchmarked_on_files_of_pairs(templated, tiny, pair_r
 def test_a_benchmark_without_prompts_is_refused(tiny, pair_rows, tmp_path):
     path = write_rows(tmp_path / "b.jsonl", [{"chosen": "a", "rejected": "b"}])
     with pytest.raises(RecipeError, match="b has no column prompt"):
-        train(rm, tiny, pair_rows, tmp_path / "o", do_eval=True, test_split_size=9, pair_benchmarks=[str(path)])
+        train("rm", tiny, pair_rows, tmp_path / "o", do_eval=True, test_split_size=9, pair_benchmarks=[str(path)])
 
 
 def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
@@ -304,7 +258,7 @@ def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def dpo_trainer(tiny, pair_rows, tmp_path_factory):
-    return train(dpo, tiny, pair_rows, tmp_path_factory.mktemp("dpo"), max_steps=1, per_device_train_batch_size=2)
+    return train("dpo", tiny, pair_rows, tmp_path_factory.mktemp("dpo"), max_steps=1, per_device_train_batch_size=2)
 
 
 class FixedLogProbs:
@@ -323,9 +277,10 @@ class FixedLogProbs:
 def dpo_loss(trainer, logps, ref, mask):
     """`logps`: (2B, L); `ref`: (2B,) summed; `mask`: (2B, L)."""
     batch = len(logps) // 2
+    ones = torch.ones(len(logps), logps.shape[1] + 1, dtype=torch.long)
     inputs = {
-        "input_ids": torch.ones(len(logps), logps.shape[1] + 1, dtype=torch.long),
-        "attention_mask": torch.ones(len(logps), logps.shape[1] + 1, dtype=torch.long),
+        "input_ids": ones,
+        "attention_mask": ones,
         "completion_mask": torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask], dim=1),
         "ref_chosen_logps": ref[:batch],
         "ref_rejected_logps": ref[batch:],
@@ -341,21 +296,15 @@ def random_case(generator):
     batch, length = int(torch.randint(1, 5, (), generator=generator)), 7
     lengths = torch.randint(1, length + 1, (2 * batch,), generator=generator)
     mask = (torch.arange(length) < lengths[:, None]).long()
-    return (
-        -torch.rand(2 * batch, length, generator=generator) * 3,
-        torch.randn(2 * batch, generator=generator) * 4 - 5,
-        mask,
-    )
+    logps = -torch.rand(2 * batch, length, generator=generator) * 3
+    return logps, torch.randn(2 * batch, generator=generator) * 4 - 5, mask
 
 
 def settle(trainer, **changes):
     """The trainer's objective as its constructor settles it from the arguments."""
-    args = trainer.args
-    defaults = dict(
-        loss_type=["sigmoid"], loss_weights=None, label_smoothing=0.0, ipo_reduction="mean", nll_loss_coef=None
-    )
-    vars(args).update({**defaults, **changes})
-    trainer.beta = args.beta
+    defaults = dict(loss_type=["sigmoid"], loss_weights=None, label_smoothing=0.0)
+    vars(trainer.args).update({**defaults, "ipo_reduction": "mean", "nll_loss_coef": None, **changes})
+    trainer.beta = trainer.args.beta
     trainer.settle_objective()
 
 
@@ -375,14 +324,24 @@ def expected_loss(logps, ref, mask, beta, loss_type, epsilon=0.0, nll=0.0) -> fl
     return total / half
 
 
-def test_cdpo_equals_float64_arithmetic_on_random_cases(dpo_trainer):
-    generator = torch.Generator().manual_seed(1)
+OBJECTIVES = {
+    "cDPO": {},
+    "cDPO and the chosen side's NLL": {"nll_loss_coef": 0.3},  # a mean over tokens, then over pairs
+    "IPO on sums": {"loss_type": ["ipo"], "ipo_reduction": "sum"},
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_an_objective_equals_float64_arithmetic_on_random_cases(name, dpo_trainer):
+    generator, changes = torch.Generator().manual_seed(1), OBJECTIVES[name]
+    ipo, nll = name == "IPO on sums", changes.get("nll_loss_coef", 0.0)
     for case in range(200):
         logps, ref, mask = random_case(generator)
-        epsilon = case % 10 / 21
-        settle(dpo_trainer, label_smoothing=epsilon)
-        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "sigmoid", epsilon)
-        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, rel=1e-5), case
+        epsilon = 0.0 if ipo else case % 10 / 21
+        settle(dpo_trainer, label_smoothing=epsilon, **changes)
+        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "ipo" if ipo else "sigmoid", epsilon, nll)
+        tolerance = {"rel": 1e-5, "abs": 1e-5 if ipo else None}
+        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, **tolerance), case
 
 
 def test_cdpo_equals_trls_aot_at_one_pair(dpo_trainer):
@@ -398,24 +357,6 @@ def test_cdpo_equals_trls_aot_at_one_pair(dpo_trainer):
         assert ours == pytest.approx(dpo_loss(dpo_trainer, *one), rel=1e-5)
 
 
-def test_ipo_on_sums_equals_float64_arithmetic_on_random_cases(dpo_trainer):
-    generator = torch.Generator().manual_seed(3)
-    for case in range(200):
-        logps, ref, mask = random_case(generator)
-        settle(dpo_trainer, loss_type=["ipo"], ipo_reduction="sum")
-        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "ipo")
-        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, rel=1e-5, abs=1e-5), case
-
-
-def test_nll_is_a_mean_over_tokens_then_over_pairs_on_random_cases(dpo_trainer):
-    generator = torch.Generator().manual_seed(4)
-    for case in range(200):
-        logps, ref, mask = random_case(generator)
-        settle(dpo_trainer, nll_loss_coef=0.3, label_smoothing=0.1)
-        expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "sigmoid", 0.1, nll=0.3)
-        assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, rel=1e-5), case
-
-
 def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
     generator = torch.Generator().manual_seed(5)
     for _ in range(20):
@@ -428,15 +369,14 @@ def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
         beta = dpo_trainer.beta
         expected = 0.5 * expected_loss(logps, ref, mask, beta, "sigmoid", 0.1) + 2.0 * hinge
         expected += 0.1 * expected_loss(logps, ref, mask, beta, "ipo")
-        expected += 0.3 * (
-            expected_loss(logps, ref, mask, beta, "sigmoid", nll=1) - expected_loss(logps, ref, mask, beta, "sigmoid")
-        )
+        with_nll, without = (expected_loss(logps, ref, mask, beta, "sigmoid", nll=nll) for nll in (1, 0))
+        expected += 0.3 * (with_nll - without)
         assert ours == pytest.approx(expected, rel=1e-4)
 
 
 def test_label_smoothing_of_two_losses_at_once_is_refused(tiny, pair_rows, tmp_path):
     with pytest.raises(RecipeError, match="label_smoothing"):
-        train(dpo, tiny, pair_rows, tmp_path, loss_type=["sigmoid", "robust"], label_smoothing=0.1)
+        train("dpo", tiny, pair_rows, tmp_path, loss_type=["sigmoid", "robust"], label_smoothing=0.1)
 
 
 LOSSES = (
@@ -450,8 +390,8 @@ def test_every_loss_of_trl_trains_packed_as_padded(loss_type, tiny, pair_rows, t
     monkeypatch.setattr(PairPackingMixin, "_get_train_sampler", trl.DPOTrainer._get_train_sampler)  # the same batches
     smoothing = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust", "aot") else {}
     keys = {"loss_type": loss_type, "max_steps": 2, **smoothing}
-    padded = train(dpo, tiny, pair_rows, tmp_path / "a", **keys)
-    packed = train(dpo, tiny, pair_rows, tmp_path / "b", packing=True, share_prefix=True, **keys)
+    padded = train("dpo", tiny, pair_rows, tmp_path / "a", **keys)
+    packed = train("dpo", tiny, pair_rows, tmp_path / "b", packing=True, share_prefix=True, **keys)
     assert logged(packed, "loss") == pytest.approx(logged(padded, "loss"), rel=1e-4, abs=1e-6)
     assert logged(packed, "grad_norm") == pytest.approx(logged(padded, "grad_norm"), rel=1e-3)
 
@@ -469,7 +409,7 @@ def test_ref_offload_under_zero3_offloads_the_reference_and_not_the_policy():
 
 def test_precomputed_offloaded_and_plain_references_are_the_same(tiny, pair_rows, tmp_path):
     runs = [
-        train(dpo, tiny, pair_rows, tmp_path / str(i), **keys)
+        train("dpo", tiny, pair_rows, tmp_path / str(i), **keys)
         for i, keys in enumerate([{}, {"precompute_ref_log_probs": True}, {"ref_offload": True}])
     ]
     assert logged(runs[1], "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-5)
@@ -478,67 +418,58 @@ def test_precomputed_offloaded_and_plain_references_are_the_same(tiny, pair_rows
 
 def test_a_precomputed_reference_is_that_of_the_recipes_ld_alpha(tiny, pair_rows, tmp_path):
     """The first run leaves log-probs of the same rows and model in the cache."""
-    train(dpo, tiny, pair_rows, tmp_path / "a", precompute_ref_log_probs=True)
+    train("dpo", tiny, pair_rows, tmp_path / "a", precompute_ref_log_probs=True)
     runs = [
-        train(dpo, tiny, pair_rows, tmp_path / str(precompute), ld_alpha=0.5, precompute_ref_log_probs=precompute)
+        train("dpo", tiny, pair_rows, tmp_path / str(precompute), ld_alpha=0.5, precompute_ref_log_probs=precompute)
         for precompute in (True, False)
     ]
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-5)
 
 
 def test_another_reference_model_is_used(tiny, pair_rows, tmp_path):
-    from conftest import build_model
-
     other = build_model(320)
     with torch.no_grad():
         other.lm_head.weight.mul_(3)
-    other.save_pretrained(tmp_path / "ref")
-    AutoTokenizer.from_pretrained(tiny).save_pretrained(tmp_path / "ref")
-    same = train(dpo, tiny, pair_rows, tmp_path / "a")
-    another = train(dpo, tiny, pair_rows, tmp_path / "b", ref_model_name_or_path=str(tmp_path / "ref"))
+    save(tmp_path / "ref", other, AutoTokenizer.from_pretrained(tiny))
+    same = train("dpo", tiny, pair_rows, tmp_path / "a")
+    another = train("dpo", tiny, pair_rows, tmp_path / "b", ref_model_name_or_path=str(tmp_path / "ref"))
     assert logged(same, "loss")[0] == pytest.approx(math.log(2), rel=1e-6)  # policy and reference are equal
     assert logged(another, "loss")[0] != pytest.approx(math.log(2), rel=1e-3)
 
 
 def test_under_lora_the_reference_is_the_model_without_its_adapter(tiny, pair_rows, tmp_path):
-    trainer = train(
-        dpo, tiny, pair_rows, tmp_path / "o", use_peft=True, lora_target_modules=["q_proj"], learning_rate=0.05
-    )
+    trainer = train("dpo", tiny, pair_rows, tmp_path / "o", **LORA)
     assert trainer.ref_model is None
     assert logged(trainer, "loss")[0] == pytest.approx(math.log(2), rel=1e-6)
     assert logged(trainer, "rewards/margins")[2] != 0
 
 
-@pytest.mark.parametrize("script", [rm, dpo])
-@pytest.mark.parametrize("batch", [{}, {"max_tokens_per_batch": 200, "per_device_train_batch_size": None}], ids=str)
-def test_preference_runs_resume_bit_for_bit(script, batch, tiny, pair_rows, tmp_path):
-    keys = {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, "packing": True, **batch}
-    train(script, tiny, pair_rows, tmp_path / "whole", **keys)
-    train(script, tiny, pair_rows, tmp_path / "parts", **keys)
-    import shutil
+TOKENS = {"packing": True, "per_device_train_batch_size": None}
 
+
+@pytest.mark.parametrize("task", ["rm", "dpo"])
+@pytest.mark.parametrize("batch", [{"packing": True}, TOKENS | {"max_tokens_per_batch": 200}], ids=str)
+def test_preference_runs_resume_bit_for_bit(task, batch, tiny, pair_rows, tmp_path):
+    keys = {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, **batch}
+    for name in ("whole", "parts"):
+        train(task, tiny, pair_rows, tmp_path / name, **keys)
     shutil.rmtree(tmp_path / "parts" / "checkpoint-14")
-    train(script, tiny, pair_rows, tmp_path / "parts", **keys)
-    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
-    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    train(task, tiny, pair_rows, tmp_path / "parts", **keys)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
-def test_the_saving_is_said_and_decides_the_default(tiny, pair_rows, tmp_path, caplog):
+def test_the_saving_is_logged_and_decides_the_default(tiny, pair_rows, tmp_path, caplog):
     with caplog.at_level("INFO"):
-        trainer = train(dpo, tiny, pair_rows, tmp_path / "o", packing=True)
+        trainer = train("dpo", tiny, pair_rows, tmp_path / "o", packing=True)
     assert trainer.shares_prefix
     assert "Sharing the prefix of chosen and rejected saves" in caplog.text
 
 
 def test_a_batch_of_tokens_holds_no_more(tiny, pair_rows, tmp_path):
-    trainer = train(
-        rm, tiny, pair_rows, tmp_path / "o", packing=True, max_tokens_per_batch=150, per_device_train_batch_size=None
-    )
+    trainer = train("rm", tiny, pair_rows, tmp_path / "o", **TOKENS, max_tokens_per_batch=150)
     assert all(trainer.batches.lengths[batch].sum() <= 150 for batch in trainer.batches)
     with pytest.raises(RecipeError, match="max_tokens_per_batch is 10, but the longest row"):
-        train(
-            rm, tiny, pair_rows, tmp_path / "p", packing=True, max_tokens_per_batch=10, per_device_train_batch_size=None
-        )
+        train("rm", tiny, pair_rows, tmp_path / "p", **TOKENS, max_tokens_per_batch=10)
 
 
 @pytest.mark.parametrize(
@@ -547,54 +478,35 @@ def test_a_batch_of_tokens_holds_no_more(tiny, pair_rows, tmp_path):
 )
 def test_batches_that_would_be_balanced_in_another_way_are_not_resumed(change, message, tiny, pair_rows, tmp_path):
     keys = {"packing": True, "save_strategy": "steps", "save_steps": 1, "max_steps": 1}
-    train(rm, tiny, pair_rows, tmp_path / "o", **keys)
+    train("rm", tiny, pair_rows, tmp_path / "o", **keys)
     with pytest.raises(RecipeError, match=f"was made with {message}.*Set {message}"):
-        train(rm, tiny, pair_rows, tmp_path / "o", **keys | change | {"max_steps": 2})
+        train("rm", tiny, pair_rows, tmp_path / "o", **keys | change | {"max_steps": 2})
 
 
 def test_packing_refuses_a_model_with_state_by_name(tokenizer, pair_rows, tmp_path):
-    from transformers import MambaConfig, MambaForCausalLM
-
-    MambaForCausalLM(MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)).save_pretrained(
-        tmp_path / "m"
-    )
-    tokenizer.save_pretrained(tmp_path / "m")
+    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)
+    folder = save(tmp_path / "m", MambaForCausalLM(config), tokenizer)
     with pytest.raises(RecipeError, match="Set packing: false"):
-        train(dpo, tmp_path / "m", pair_rows, tmp_path / "o", packing=True)
+        train("dpo", folder, pair_rows, tmp_path / "o", packing=True)
 
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_reward_model_that_is_an_encoder_is_refused(packing, tokenizer, pair_rows, tmp_path):
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     config = BertConfig(vocab_size=len(tokenizer), num_labels=1, **small)
-    BertForSequenceClassification(config).save_pretrained(tmp_path / "m")
-    tokenizer.save_pretrained(tmp_path / "m")
-    with pytest.raises(RecipeError, match="no causal model with one head"):
-        train(rm, tmp_path / "m", pair_rows, tmp_path / "o", packing=packing)
+    folder = save(tmp_path / "m", BertForSequenceClassification(config), tokenizer)
+    with pytest.raises(RecipeError, match="not a causal model with one head"):
+        train("rm", folder, pair_rows, tmp_path / "o", packing=packing)
 
 
 def test_the_loss_of_a_router_that_is_not_there_is_refused(tiny, pair_rows, tmp_path):
-    with pytest.raises(RecipeError, match="no mixture of experts"):
-        train(rm, tiny, pair_rows, tmp_path / "o", router_aux_loss_coef=0.01)
+    with pytest.raises(RecipeError, match="not a mixture of experts"):
+        train("rm", tiny, pair_rows, tmp_path / "o", router_aux_loss_coef=0.01)
 
 
 def test_from_python_is_the_same_run(tiny, pair_rows, tmp_path):
-    keys = dict(
-        model_name_or_path=str(tiny),
-        dataset_name=str(pair_rows),
-        bf16=False,
-        max_steps=2,
-        save_strategy="no",
-        beta=0.2,
-    )
-    a = tunebook.dpo(**keys, output_dir=str(tmp_path / "a"), logging_steps=1)
-    b = train(
-        dpo, tiny, pair_rows, tmp_path / "b", max_steps=2, beta=0.2, per_device_train_batch_size=8, learning_rate=1e-6
-    )
-    assert logged(a, "loss") == logged(b, "loss")
+    keys = short_recipe(tiny, pair_rows, tmp_path / "a", beta=0.2)
+    script = dpo.main(parse("dpo", keys | {"output_dir": str(tmp_path / "b")}))
+    assert logged(tunebook.dpo(**keys), "loss") == logged(script, "loss")
     with pytest.raises(ValueError, match="Did you mean beta"):
-        tunebook.dpo(**keys | {"betta": 1}, output_dir=str(tmp_path / "c"))
-
-
-def test_trainers_are_trls():
-    assert issubclass(RewardTrainer, trl.RewardTrainer) and issubclass(DPOTrainer, trl.DPOTrainer)
+        tunebook.dpo(**keys | {"betta": 1, "output_dir": str(tmp_path / "c")})

@@ -7,13 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import build_model
+from conftest import build_model, logged, train
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch.utils.flop_counter import FlopCounterMode
 
-from tunebook.recipe import parse
-from tunebook.scripts import sft
 from tunebook.training import progress
 from tunebook.training.models import freeze_layers
 from tunebook.training.progress import ThroughputMixin, model_flops, peak_flops, token_lengths
@@ -24,31 +22,15 @@ class Terminal(io.StringIO):
         return True
 
 
-def train(tiny, rows, output_dir, **changes):
-    recipe = {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 4,
-        "per_device_train_batch_size": 4,
-        "logging_steps": 2,
-        "save_steps": 3,
-        "test_split_size": 8,
-        "eval_strategy": "steps",
-        "eval_steps": 4,
-    }
-    recipe |= changes
-    return sft.main(parse("sft", {name: value for name, value in recipe.items() if value is not None}))
-
-
-# ---- The line ------------------------------------------------------------------------------------------------------
+EVALUATED = {"max_steps": 4, "logging_steps": 2, "disable_tqdm": None, "test_split_size": 8}
+EVALUATED |= {"eval_strategy": "steps", "eval_steps": 4}
+SAVED = EVALUATED | {"save_strategy": "steps", "save_steps": 3}
 
 
 def test_without_a_terminal_each_logging_step_and_evaluation_is_one_plain_line(
     tiny, sft_rows, tmp_path, caplog, capsys
 ):
-    trainer = train(tiny, sft_rows, tmp_path / "o")
+    trainer = train("sft", tiny, sft_rows, tmp_path / "o", **SAVED)
     lines = [record.message for record in caplog.records if record.name == "tunebook.training.progress"]
     patterns = [
         r"step 2/4  loss \S+  [\d,]+ tokens/s  \d\d:\d\d left  checkpoint at 3",
@@ -57,27 +39,24 @@ def test_without_a_terminal_each_logging_step_and_evaluation_is_one_plain_line(
         r"step 4/4  evaluation: loss .*",  # of the final model
     ]
     assert [bool(re.fullmatch(*pair)) for pair in zip(patterns, lines, strict=True)] == [True] * 4
-    logged = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert f"loss {logged[0]['loss']:.4g}  {logged[0]['tokens_per_second']:,.0f} tokens/s" in lines[0]
+    loss, speed = (logged(trainer, name)[0] for name in ("loss", "tokens_per_second"))
+    assert f"loss {loss:.4g}  {speed:,.0f} tokens/s" in lines[0]
     assert "{'loss'" not in "".join(capsys.readouterr())
 
 
 def test_on_a_terminal_the_line_is_live(tiny, sft_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    trainer = train(tiny, sft_rows, tmp_path / "o", save_strategy="epoch", save_steps=None)
+    trainer = train("sft", tiny, sft_rows, tmp_path / "o", **EVALUATED | {"save_strategy": "epoch"})
     shown = [part for part in re.split(r"[\r\n]", terminal.getvalue()) if part.startswith("4/4")]
-    last = [entry for entry in trainer.state.log_history if "loss" in entry][-1]
-    assert f"loss {last['loss']:.4g}" in shown[-1] and "checkpoint after epoch 1" in shown[-1] and "left" in shown[-1]
+    for part in (f"loss {logged(trainer, 'loss')[-1]:.4g}", "checkpoint after epoch 1", "left"):
+        assert part in shown[-1]
     assert "step 4/4  evaluation: loss" in terminal.getvalue()
 
 
 def test_disable_tqdm_gives_plain_lines_on_a_terminal_too(tiny, sft_rows, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    train(tiny, sft_rows, tmp_path / "o", disable_tqdm=True)
+    train("sft", tiny, sft_rows, tmp_path / "o", **SAVED | {"disable_tqdm": True})
     assert "step 4/4  loss" in caplog.text and not re.search(r"\d/4 .* left", terminal.getvalue())
-
-
-# ---- The speed -----------------------------------------------------------------------------------------------------
 
 
 class Clock:
@@ -152,9 +131,9 @@ def test_the_peak_is_found_by_the_device_name(monkeypatch, device, peak):
     assert peak_flops() == peak
 
 
-def test_an_unknown_device_has_no_mfu_and_is_told_once(tiny, sft_rows, tmp_path, monkeypatch, caplog):
-    trainer = train(tiny, sft_rows, tmp_path / "o", max_steps=1, save_strategy="no", save_steps=None)
-    assert all("mfu" not in entry for entry in trainer.state.log_history)
+def test_an_unknown_device_has_no_mfu_and_is_logged_once(tiny, sft_rows, tmp_path, monkeypatch, caplog):
+    trainer = train("sft", tiny, sft_rows, tmp_path / "o", max_steps=1)
+    assert not logged(trainer, "mfu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Abacus 3000")
     vars(trainer).pop("flops_per_token", None)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -12,49 +13,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, build_model, build_tokenizer, options, write_rows
+from conftest import (
+    ROOT,
+    assert_same_weights,
+    build_model,
+    build_tokenizer,
+    logged,
+    options,
+    short_recipe,
+    train,
+    write_rows,
+)
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
-from tunebook import checkpoints
+from tunebook import checkpoints, run_script
 from tunebook.errors import RecipeError
-from tunebook.recipe import parse
+from tunebook.recipe import read_recipe
 from tunebook.scripts import sft
 from tunebook.training.models import end_of_turn_ids, freeze_layers
 
-
-def keys(tiny, rows, output_dir, **changes) -> dict:
-    base = {
-        "model_name_or_path": str(tiny),
-        "dataset_name": str(rows),
-        "output_dir": str(output_dir),
-        "bf16": False,
-        "max_steps": 6,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "disable_tqdm": True,
-    }
-    if changes.get("save_strategy") == "no":
-        del base["save_steps"]
-    return base | changes
+LONG = {"max_steps": 6, "learning_rate": 1e-2}
+SAVED = LONG | {"save_strategy": "steps", "save_steps": 2}
 
 
-def train(*args, **changes):
-    return sft.main(parse("sft", keys(*args, **changes)))
+def train_saved(model, rows, output_dir, **changes):
+    """SFT of 6 steps, saved every 2."""
+    return train("sft", model, rows, output_dir, **SAVED | changes)
 
 
-def losses(trainer) -> list[float]:
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def equal(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+@pytest.fixture
+def copied(run, tmp_path) -> Path:
+    """A copy of the folder of `run`."""
+    return shutil.copytree(run[1], tmp_path / "o")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def run(tiny, sft_rows, tmp_path_factory):
     """One uninterrupted run of 6 steps, evaluated and saved every 2."""
     output_dir = tmp_path_factory.mktemp("runs") / "whole"
     evaluation = {"test_split_size": 8, "eval_strategy": "steps", "eval_steps": 2, "report_to": "tensorboard"}
-    return train(tiny, sft_rows, output_dir, **evaluation), output_dir
+    return train_saved(tiny, sft_rows, output_dir, **evaluation), output_dir
 
 
 def test_the_model_loads_and_generates_from_its_folder(run):
@@ -88,28 +79,24 @@ def test_a_run_leaves_card_metrics_recipe_and_counts(run):
 
 
 def test_the_resolved_recipe_gives_the_same_run(run, tmp_path):
-    from tunebook.recipe import read_recipe
-
-    _, folder = run
-    again = sft.main(parse("sft", read_recipe(folder / "recipe.yaml"), {"output_dir": str(tmp_path / "again")}))
-    assert equal(weights(folder), weights(tmp_path / "again"))
-    assert losses(again) == losses(run[0])
+    trainer, folder = run
+    again = run_script("sft", read_recipe(folder / "recipe.yaml") | {"output_dir": str(tmp_path / "again")})
+    assert_same_weights(folder, tmp_path / "again")
+    assert logged(again, "loss") == logged(trainer, "loss")
 
 
-@pytest.mark.parametrize("split", [(2, 2), (1, 4)])
-def test_the_loss_is_the_same_at_any_split_of_the_batch(tiny, sft_rows, tmp_path, split):
+@pytest.mark.parametrize(("size", "steps"), [(2, 2), (1, 4)])
+def test_the_loss_is_the_same_at_any_split_of_the_batch(tiny, sft_rows, tmp_path, size, steps):
     """Token-weighted over the accumulation window: the rows have different lengths."""
-    size, steps = split
-    whole = train(tiny, sft_rows, tmp_path / "a", save_strategy="no")
-    parts = train(
-        tiny, sft_rows, tmp_path / "b", save_strategy="no", per_device_train_batch_size=size, global_batch_size=4
-    )
+    whole = train("sft", tiny, sft_rows, tmp_path / "a", **LONG)
+    split = {"per_device_train_batch_size": size, "global_batch_size": 4}
+    parts = train("sft", tiny, sft_rows, tmp_path / "b", **LONG, **split)
     assert parts.args.gradient_accumulation_steps == steps
-    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+    assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
 
 
 def test_the_first_loss_equals_a_plain_computation(tiny, sft_rows, tmp_path):
-    trainer = train(tiny, sft_rows, tmp_path / "a", save_strategy="no", max_steps=1, per_device_train_batch_size=48)
+    trainer = train("sft", tiny, sft_rows, tmp_path / "a", max_steps=1, per_device_train_batch_size=48)
     model, rows = AutoModelForCausalLM.from_pretrained(tiny), trainer.train_dataset
     total = count = 0
     for row in rows:
@@ -117,28 +104,26 @@ def test_the_first_loss_equals_a_plain_computation(tiny, sft_rows, tmp_path):
         labels = torch.tensor(row["labels"][1:])
         total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
         count += (labels != -100).sum().item()
-    assert losses(trainer)[0] == pytest.approx(total / count, rel=1e-5)
+    assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-5)
 
 
 @pytest.mark.parametrize("step", [1, 3, 4])
 def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, sft_rows, tmp_path, step):
     """Dropout is on and the order of rows is shuffled, so the random state and the position must both come back."""
     same = {"save_steps": 1, "model_init_kwargs": {"attention_dropout": 0.2}, "lr_scheduler_type": "cosine"}
-    train(tiny, sft_rows, tmp_path / "whole", **same)
+    train_saved(tiny, sft_rows, tmp_path / "whole", **same)
     shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    for path in (tmp_path / "parts").glob("checkpoint-*"):
-        if int(path.name.split("-")[1]) > step:
-            shutil.rmtree(path)
-    resumed = train(tiny, sft_rows, tmp_path / "parts", **same)
-    assert resumed.state.global_step == 6
-    assert equal(weights(tmp_path / "whole"), weights(tmp_path / "parts"))
+    for later in range(step + 1, 7):
+        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{later}")
+    assert train_saved(tiny, sft_rows, tmp_path / "parts", **same).state.global_step == 6
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
 @pytest.mark.slow
 def test_killed_in_the_middle_of_a_save_then_started_again(tiny, sft_rows, tmp_path):
     """SIGKILL as soon as the second checkpoint's folder appears, with save_total_limit 1."""
-    recipe = keys(tiny, sft_rows, tmp_path / "killed", save_total_limit=1, max_steps=6)
-    command = [sys.executable, "src/sft.py", *options(recipe)]
+    keys = SAVED | {"save_total_limit": 1}
+    command = [sys.executable, "src/sft.py", *options(short_recipe(tiny, sft_rows, tmp_path / "killed", **keys))]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "killed" / "checkpoint-4").exists():
         assert process.poll() is None
@@ -146,86 +131,67 @@ def test_killed_in_the_middle_of_a_save_then_started_again(tiny, sft_rows, tmp_p
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert checkpoints.find_checkpoint(tmp_path / "killed", "auto") is not None
-    train(tiny, sft_rows, tmp_path / "killed", save_total_limit=1)
-    train(tiny, sft_rows, tmp_path / "whole", save_total_limit=1)
-    assert equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    for name in ("killed", "whole"):
+        train("sft", tiny, sft_rows, tmp_path / name, **keys)
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
-def test_an_incomplete_checkpoint_is_never_resumed_from(run, tmp_path, caplog):
-    _, folder = run
-    shutil.copytree(folder, tmp_path / "o")
-    (tmp_path / "o" / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
-    assert checkpoints.find_checkpoint(tmp_path / "o", "auto") == tmp_path / "o" / "checkpoint-4"
-    assert "checkpoint-6 is not used" in caplog.text
+def test_an_incomplete_checkpoint_is_never_resumed_from(copied, caplog):
+    (copied / "checkpoint-6" / "optimizer.pt").write_bytes(b"cut")
+    assert checkpoints.find_checkpoint(copied, "auto") == copied / "checkpoint-4"
+    assert "checkpoint-6 is ignored" in caplog.text
     with pytest.raises(RecipeError, match="not a complete checkpoint"):
-        checkpoints.find_checkpoint(tmp_path / "o", str(tmp_path / "o" / "checkpoint-6"))
+        checkpoints.find_checkpoint(copied, str(copied / "checkpoint-6"))
 
 
-def test_rotation_keeps_the_newest_and_the_best(run, tmp_path):
-    _, folder = run
-    shutil.copytree(folder, tmp_path / "o")
-    best = str(tmp_path / "o" / "checkpoint-2")
-    checkpoints.rotate(tmp_path / "o", limit=2, max_gb=None, best=best)
-    assert {p.name for p in (tmp_path / "o").glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
-    checkpoints.rotate(tmp_path / "o", limit=None, max_gb=1e-6, best=None)
-    assert {p.name for p in (tmp_path / "o").glob("checkpoint-*")} == {"checkpoint-6"}
+def test_rotation_keeps_the_newest_and_the_best(copied):
+    checkpoints.rotate(copied, limit=2, max_gb=None, best=str(copied / "checkpoint-2"))
+    assert {p.name for p in copied.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-6"}
+    checkpoints.rotate(copied, limit=None, max_gb=1e-6, best=None)
+    assert {p.name for p in copied.glob("checkpoint-*")} == {"checkpoint-6"}
 
 
-def test_another_split_of_the_batch_goes_on_at_the_same_sample(tiny, sft_rows, tmp_path):
+def test_another_split_of_the_batch_resumes_at_the_same_sample(tiny, sft_rows, tmp_path, monkeypatch):
     """6 steps of 4 rows, and 4 steps of 4 rows followed by 1 step of 8: the same rows are seen."""
-    whole = train(tiny, sft_rows, tmp_path / "a", max_steps=4)
-    shutil.copytree(tmp_path / "a", tmp_path / "b")
     seen = []
-    trainer_class = sft.SFTTrainer
-    step = trainer_class.training_step
-    try:
-        trainer_class.training_step = lambda self, m, inputs, *a, **k: (
-            seen.extend(inputs["input_ids"].tolist()),
-            step(self, m, inputs, *a, **k),
-        )[1]
-        train(tiny, sft_rows, tmp_path / "b", max_steps=3, per_device_train_batch_size=8)
-        after = [[t for t in row if t] for row in seen]
-        seen.clear()
-        train(tiny, sft_rows, tmp_path / "c", max_steps=6)
-        uninterrupted = [[t for t in row if t] for row in seen]
-    finally:
-        trainer_class.training_step = step
-    assert whole.state.global_step == 4
-    assert after == uninterrupted[16:24]
+
+    class Recorder(sft.SFTTrainer):
+        def training_step(self, model, inputs, *args, **kwargs):
+            seen.extend([token for token in row if token] for row in inputs["input_ids"].tolist())
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    assert train_saved(tiny, sft_rows, tmp_path / "parts", max_steps=4).state.global_step == 4
+    monkeypatch.setattr(sft, "SFTTrainer", Recorder)
+    train_saved(tiny, sft_rows, tmp_path / "parts", max_steps=3, per_device_train_batch_size=8)
+    resumed = seen[:]
+    seen.clear()
+    train_saved(tiny, sft_rows, tmp_path / "whole")
+    assert resumed == seen[16:24]
 
 
-def test_what_must_not_change_is_refused_unless_forced(run, tiny, tmp_path):
-    _, folder = run
-    shutil.copytree(folder, tmp_path / "o")
+def test_what_must_not_change_is_refused_unless_forced(copied, tiny, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "a ", "completion": f"b {i}"} for i in range(48)])
     with pytest.raises(RecipeError, match="made from something else.*data: .*seed: 42 -> 7"):
-        train(tiny, other, tmp_path / "o", seed=7)
-    assert train(tiny, other, tmp_path / "o", seed=7, force_resume=True).state.global_step == 6
+        train_saved(tiny, other, copied, seed=7)
+    assert train_saved(tiny, other, copied, seed=7, force_resume=True).state.global_step == 6
 
 
-def test_a_finished_run_is_not_trained_further(run, tiny, sft_rows, tmp_path):
-    _, folder = run
-    shutil.copytree(folder, tmp_path / "o")
-    train(tiny, sft_rows, tmp_path / "o", test_split_size=8, do_eval=True)
-    assert equal(weights(folder), weights(tmp_path / "o"))
+def test_a_finished_run_is_not_trained_further(run, copied, tiny, sft_rows):
+    train_saved(tiny, sft_rows, copied, test_split_size=8, do_eval=True)
+    assert_same_weights(run[1], copied)
 
 
-def test_a_changed_recipe_is_told(run, tiny, sft_rows, tmp_path, caplog):
-    _, folder = run
-    shutil.copytree(folder, tmp_path / "o")
-    train(tiny, sft_rows, tmp_path / "o", test_split_size=8, do_eval=True, learning_rate=1e-4, max_steps=7)
+def test_a_changed_recipe_is_logged(copied, tiny, sft_rows, caplog):
+    train_saved(tiny, sft_rows, copied, test_split_size=8, do_eval=True, learning_rate=1e-4, max_steps=7)
     assert "learning_rate: 0.01 -> 0.0001" in caplog.text
 
 
-def test_never_starts_anew(run, tiny, sft_rows, tmp_path):
-    _, folder = run
-    shutil.copytree(folder, tmp_path / "o")
-    (tmp_path / "o" / "benchmarks.jsonl").write_text("{}\n")
-    (tmp_path / "o" / "trainer_state.json").write_bytes((folder / "trainer_state.json").read_bytes())
-    trainer = train(tiny, sft_rows, tmp_path / "o", max_steps=2, save_total_limit=1, resume_from_checkpoint="never")
+def test_never_starts_anew(copied, tiny, sft_rows):
+    (copied / "benchmarks.jsonl").write_text("{}\n")
+    trainer = train_saved(tiny, sft_rows, copied, max_steps=2, save_total_limit=1, resume_from_checkpoint="never")
     assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2]
-    assert [path.name for path in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-2"]
-    left = {path.name for path in (tmp_path / "o").glob("before-*/*")}
+    assert [path.name for path in copied.glob("checkpoint-*")] == ["checkpoint-2"]
+    left = {path.name for path in copied.glob("before-*/*")}
     assert left == {"checkpoint-2", "checkpoint-4", "checkpoint-6", "benchmarks.jsonl", "trainer_state.json"}
 
 
@@ -234,34 +200,37 @@ def test_what_another_program_left_is_neither_used_nor_deleted(tiny, sft_rows, t
         (tmp_path / "o" / name).mkdir(parents=True)
         (tmp_path / "o" / name / "model.safetensors").touch()
     (tmp_path / "o" / "checkpoint-9.tar").touch()
-    interrupted = tmp_path / "o" / "checkpoint-1"
-    checkpoints.begin(interrupted)
-    train(tiny, sft_rows, tmp_path / "o", max_steps=2)
+    checkpoints.begin(tmp_path / "o" / "checkpoint-1")  # its save was interrupted
+    train_saved(tiny, sft_rows, tmp_path / "o", max_steps=2)
     left = {path.name for path in (tmp_path / "o").glob("checkpoint-*")}
     assert left == {"checkpoint-2", "checkpoint-9", "checkpoint-2-merged", "checkpoint-9.tar"}
 
 
-def test_a_checkpoint_without_the_optimizer_is_gone_on_from_only_when_forced(tiny, sft_rows, tmp_path):
-    train(tiny, sft_rows, tmp_path / "o", max_steps=2, save_only_model=True)
-    with pytest.raises(RecipeError, match="no state of the optimizer.*force_resume: true"):
-        train(tiny, sft_rows, tmp_path / "o", max_steps=4)
-    assert train(tiny, sft_rows, tmp_path / "o", max_steps=4, force_resume=True).state.global_step == 4
+def test_a_checkpoint_without_the_optimizer_is_resumed_from_only_when_forced(tiny, sft_rows, tmp_path):
+    train_saved(tiny, sft_rows, tmp_path / "o", max_steps=2, save_only_model=True)
+    with pytest.raises(RecipeError, match="no optimizer state.*force_resume: true"):
+        train_saved(tiny, sft_rows, tmp_path / "o", max_steps=4)
+    assert train_saved(tiny, sft_rows, tmp_path / "o", max_steps=4, force_resume=True).state.global_step == 4
 
 
 # ---- Models ----
 
 
-def test_a_model_without_template_gets_chatml_and_larger_embeddings(tmp_path):
+def train_bare(tmp_path, spare: int = 0, tied: bool = False, **changes):
+    """One step on turns of a model whose tokenizer has no template; returns its tokenizer."""
     bare = build_tokenizer(special=("<pad>", "<eos>"), template=None)
-    build_model(len(bare)).save_pretrained(tmp_path / "m")
+    build_model(len(bare) + spare, tie_word_embeddings=tied).save_pretrained(tmp_path / "m")
     bare.save_pretrained(tmp_path / "m")
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
     rows = write_rows(tmp_path / "r.jsonl", [{"messages": turns}] * 8)
-    train(tmp_path / "m", rows, tmp_path / "o", max_steps=1, save_strategy="no")
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(tmp_path / "o"),
-        AutoTokenizer.from_pretrained(tmp_path / "o"),
-    )
+    train("sft", tmp_path / "m", rows, tmp_path / "o", max_steps=1, **changes)
+    return bare
+
+
+def test_a_model_without_template_gets_chatml_and_larger_embeddings(tmp_path):
+    bare = train_bare(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "o")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o")
     assert tokenizer.eos_token == "<|im_end|>" and "<|im_start|>" in tokenizer.chat_template
     assert model.get_input_embeddings().num_embeddings == len(tokenizer) == len(bare) + 2
     assert tokenizer.eos_token_id in model.generation_config.eos_token_id
@@ -283,69 +252,51 @@ def test_num_layers_unfrozen_trains_the_top_only(tied):
 
 
 def test_frozen_layers_do_not_move(tiny, sft_rows, tmp_path):
-    train(tiny, sft_rows, tmp_path / "o", num_layers_unfrozen=1, save_strategy="no")
-    before, after = weights(tiny), weights(tmp_path / "o")
+    train("sft", tiny, sft_rows, tmp_path / "o", num_layers_unfrozen=1, **LONG)
+    before, after = (load_file(folder / "model.safetensors") for folder in (tiny, tmp_path / "o"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if "layers.1." in name} | {"model.norm.weight", "lm_head.weight"}
 
 
 @pytest.mark.parametrize("extra", [{}, {"use_dora": True}, {"use_rslora": True}, {"load_in_4bit": True}], ids=str)
-def test_lora_saves_the_adapter_only(tiny, sft_rows, tmp_path, extra):
-    changes = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"], "save_strategy": "no", "max_steps": 2}
-    trainer = train(tiny, sft_rows, tmp_path / "o", **changes, **extra)
-    assert (tmp_path / "o" / "adapter_model.safetensors").exists()
+def test_lora_trains_and_saves_the_adapter_only(tiny, sft_rows, tmp_path, extra):
+    lora = {"use_peft": True, "lora_target_modules": ["q_proj", "v_proj"]}
+    train("sft", tiny, sft_rows, tmp_path / "o", max_steps=2, **lora, **extra)
     assert not (tmp_path / "o" / "model.safetensors").exists()
-    assert losses(trainer)[1] > 0
+    saved = load_file(tmp_path / "o" / "adapter_model.safetensors")
+    assert all(re.search(r"\.[qv]_proj\.lora_", name) for name in saved)
+    assert all(saved[name].any() for name in saved if "lora_B" in name)  # which start at 0
 
 
 @pytest.mark.parametrize("spare", [0, 8])
 def test_a_new_token_is_trained_under_lora(spare, tmp_path):
     """Also where the embeddings have rows to spare for it."""
-    bare = build_tokenizer(special=("<pad>", "<eos>"), template=None)
-    build_model(len(bare) + spare, tie_word_embeddings=True).save_pretrained(tmp_path / "m")
-    bare.save_pretrained(tmp_path / "m")
-    turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
-    rows = write_rows(tmp_path / "r.jsonl", [{"messages": turns}] * 8)
-    changes = {"use_peft": True, "lora_target_modules": ["q_proj"], "max_steps": 1, "save_strategy": "no"}
-    train(tmp_path / "m", rows, tmp_path / "o", **changes)
-    saved = load_file(tmp_path / "o" / "adapter_model.safetensors")
-    assert any("embed_tokens" in name for name in saved)
+    train_bare(tmp_path, spare, tied=True, use_peft=True, lora_target_modules=["q_proj"])
+    assert any("embed_tokens" in name for name in load_file(tmp_path / "o" / "adapter_model.safetensors"))
 
 
-def test_neftune_changes_the_training(tiny, sft_rows, tmp_path):
-    plain = train(tiny, sft_rows, tmp_path / "a", save_strategy="no", max_steps=2)
-    noisy = train(tiny, sft_rows, tmp_path / "b", save_strategy="no", max_steps=2, neftune_noise_alpha=5)
-    assert losses(plain)[0] != losses(noisy)[0]
-
-
-def test_the_balancing_loss_of_a_mixture_of_experts_is_added(tmp_path, tokenizer, sft_rows):
+@pytest.mark.parametrize("task", ["sft", "rm"])
+def test_the_balancing_loss_of_a_mixture_of_experts_is_added(task, tmp_path, tokenizer, sft_rows, pair_rows):
     torch.manual_seed(0)
-    small = dict(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1
-    )
-    config = MixtralConfig(vocab_size=len(tokenizer), num_local_experts=4, num_experts_per_tok=2, **small)
-    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    experts = dict(num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
+    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **small, **experts)).save_pretrained(tmp_path / "moe")
     tokenizer.save_pretrained(tmp_path / "moe")
-    runs = [
-        train(tmp_path / "moe", sft_rows, tmp_path / f"o{c}", router_aux_loss_coef=c, max_steps=1, save_strategy="no")
-        for c in (0.0, 0.5)
-    ]
-    aux = runs[1].state.log_history[0]["aux_loss"]
-    assert losses(runs[1])[0] == pytest.approx(losses(runs[0])[0] + 0.5 * aux, rel=1e-5)
+    rows = sft_rows if task == "sft" else pair_rows
+    without, with_loss = (
+        train(task, tmp_path / "moe", rows, tmp_path / str(c), router_aux_loss_coef=c, max_steps=1) for c in (0.0, 0.5)
+    )
+    expected = logged(without, "loss")[0] + 0.5 * logged(with_loss, "aux_loss")[0]
+    assert logged(with_loss, "loss")[0] == pytest.approx(expected, rel=1e-5)
 
 
 def test_no_token_reaches_a_file(tiny, sft_rows, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_secretsecret")
     monkeypatch.setenv("WANDB_API_KEY", "0123456789secret")
     monkeypatch.chdir(tmp_path)
-    changes = {
-        "report_to": ["wandb", "tensorboard", "trackio"],
-        "project": "p",
-        "wandb_project": "p",
-        "wandb_run_group": "g",
-        "wandb_entity": "e",
-    }
-    train(tiny, sft_rows, tmp_path / "o", max_steps=1, **changes)
+    wandb = {"wandb_project": "p", "wandb_run_group": "g", "wandb_entity": "e"}
+    trackers = {"report_to": ["wandb", "tensorboard", "trackio"], "project": "p", **wandb}
+    train_saved(tiny, sft_rows, tmp_path / "o", max_steps=2, **trackers)
     folders = (tmp_path, Path(os.environ["TRACKIO_DIR"]))
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert any("offline-run" in str(path) for path in files)

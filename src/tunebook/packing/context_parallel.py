@@ -130,8 +130,9 @@ class ContextGroup:
 def build_context_group(accelerator: Accelerator, size: int, head_stride: int | None) -> ContextGroup:
     """Make groups of `size` neighbouring ranks, which `accelerator` gives the same batches and counts once when it
     gathers."""
-    # accelerate 1.15 builds such a mesh for its own kinds of parallelism only, each with one strategy; its data loaders
-    # take any. Under DeepSpeed they know the name tp only.
+    # PATCH(accelerate<1.16): it builds such a mesh for its own kinds of parallelism only, each with one strategy. Its
+    # data loaders take any, under DeepSpeed only by the name tp. Waits for accelerate/accelerator.py:2620. Delete when
+    # the mesh is an argument.
     shape = (accelerator.num_processes // size, size)
     mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("dp_replicate", "tp"))
     gather = accelerator.gather
@@ -157,11 +158,11 @@ class ContextParallelMixin:
             )
 
     def get_tp_size(self) -> int:
-        """transformers asks how many ranks have the same batch by this name."""
+        """Return how many ranks have the same batch, which transformers asks by this name."""
         return super().get_tp_size() * self.args.context_parallel_size
 
     def _get_num_items_in_batch(self, *args):
-        """transformers 5.23 gathers the number from all ranks and divides it by `get_tp_size()`; here it is gathered
-        once a group."""
+        """Return what transformers 5.23 counts, which gathers the number from all ranks and divides it by
+        `get_tp_size()`; here it is gathered once per group."""
         items = super()._get_num_items_in_batch(*args)
         return items if items is None else items * self.args.context_parallel_size

@@ -34,8 +34,8 @@ def accept_selective(model: PreTrainedModel) -> None:
         RecipeError: when it is enabled, for `selective` with `use_reentrant`, and for `offload` on a CPU.
     """
     # PATCH(transformers<5.24): whoever enables it again does so with the recipe's keywords as they are, but only the
-    # Trainer knows `every_n_layers` and `offload`. Waits for transformers/modeling_utils.py,
-    # _activation_checkpointing_enable. Delete when gradient_checkpointing_enable takes all keywords and a policy.
+    # Trainer knows `every_n_layers` and `offload`. Waits for transformers/modeling_utils.py:3142. Delete when
+    # gradient_checkpointing_enable takes all keywords and a policy.
     enable = model._activation_checkpointing_enable
 
     def enable_selective(options: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False) -> None:

@@ -152,7 +152,7 @@ def freeze_layers(model: PreTrainedModel, num_unfrozen: int) -> None:
         parameter.requires_grad_(True)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     counts = f"{trained:,} of {model.num_parameters():,}"
-    logger.info("num_layers_unfrozen %d: %s parameters are trained.", num_unfrozen, counts)
+    logger.info("num_layers_unfrozen %d trains %s parameters.", num_unfrozen, counts)
 
 
 def head_mapping(name: str, revision: str = "main", trust_remote_code: bool = False) -> dict[str, str] | None:

@@ -27,7 +27,7 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         super().__init__(*args, **kwargs)
         # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
         # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
-        # Undo both. Waits for trl/trainer/sft_trainer.py. Delete when TRL writes `activation_checkpointing_kwargs`.
+        # Undo both. Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         vars(self.model).pop("gradient_checkpointing_enable", None)
 
@@ -115,7 +115,7 @@ class RunMixin(MuonMixin, ContextParallelMixin):
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # PATCH(transformers<5.24): a finished run of `max_steps` is trained one step further each time it is started
-        # again. Waits for transformers/trainer.py, _run_epoch. Delete when the epoch's loop checks max_steps first.
+        # again. Waits for transformers/trainer.py:1819. Delete when the epoch's loop checks max_steps first.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

@@ -41,7 +41,7 @@ def overridden(args: Any, **values: Any) -> Iterator[None]:
 
 # PATCH(trl<1.17): template, EOS token and loss mask are settled with tokenizer and rows. TRL's constructors would
 # settle them again, and refuse a mask on rows that are tokens already, so that they must not see the keys. Waits for
-# trl/trainer/sft_trainer.py. Delete when TRL takes tokenized rows as they are.
+# trl/trainer/sft_trainer.py:728. Delete when TRL takes tokenized rows as they are.
 SETTLED = {"model_init_kwargs": None, "chat_template_path": None, "eos_token": None}
 
 
@@ -210,7 +210,7 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
 def offloaded_parameters(args) -> Iterator[None]:
     """Let the engine that TRL makes for the reference under ZeRO-3 keep its parameters on the CPU (`ref_offload`)."""
     # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and there is no argument to change the copy. Waits
-    # for trl/models/utils.py, prepare_deepspeed. Delete when it takes one.
+    # for trl/models/utils.py:255. Delete when there is one.
     if not (args.ref_offload and launched_sharding(args).is_zero3):
         yield
         return
@@ -229,11 +229,8 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
 
     patched = False
 
-    @property
-    def reference_passes(self) -> int:
-        return int(not self.args.precompute_ref_log_probs)
-
     def __init__(self, *, args, ref_model=None, **kwargs):
+        self.reference_passes = int(not args.precompute_ref_log_probs)
         with user_errors(), overridden(args, model_init_kwargs=None), offloaded_parameters(args):
             super().__init__(args=args, ref_model=ref_model, **kwargs)
         self._patch_forwards()
@@ -267,12 +264,12 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         # ZeRO-3 and fsdp2_offload bring it layer by layer themselves; fsdp2 moves each rank's shards
         sharding = launched_sharding(self.args)
         offloads_itself = sharding.is_zero3 or (sharding.engine == "fsdp" and sharding.offload_weights)
-        moves = self.args.ref_offload and not offloads_itself
-        if moves:
-            self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
-        yield self.ref_model or self.model
-        if moves:
-            self.accelerator.unwrap_model(self.ref_model).to("cpu")
+        if not self.args.ref_offload or offloads_itself:
+            yield self.ref_model or self.model
+            return
+        reference = self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
+        yield self.ref_model
+        reference.to("cpu")
 
     def _compute_loss(self, model, inputs, return_outputs):
         """Return TRL's loss plus our terms, from a reference computed here and the policy's recorded outputs."""
