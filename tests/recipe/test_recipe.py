@@ -1,7 +1,10 @@
 """A recipe's key is honoured or refused, never ignored."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import trl
@@ -251,13 +254,13 @@ def test_two_processes_say_it_once_without_a_traceback_of_ours(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_script_itself_ends_with_code_2_and_one_line(tmp_path):
-    import subprocess
-    import sys
+def test_the_script_itself_ends_with_code_2_and_one_line_and_shows_the_traceback_on_request(tmp_path):
+    def run(*keys, **variables) -> str:
+        command = [sys.executable, "src/sft.py", "--learning_rte", "1", *keys]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **variables})
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith("error: `learning_rte` is not a key. Did you mean learning_rate")
+        return done.stderr
 
-    done = subprocess.run(
-        [sys.executable, "src/sft.py", "--learning_rte", "1"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1].startswith("error: `learning_rte` is not a key. Did you mean learning_rate")
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in run()
+    assert "Traceback" in run("--log_level", "debug") and "Traceback" in run(TUNEBOOK_LOG_LEVEL="debug")
