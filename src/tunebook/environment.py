@@ -54,7 +54,7 @@ def offloads_fsdp() -> bool:
 
 
 def uses_parallelism_config() -> bool:
-    """Whether the accelerate config has a parallelism_config (cp_size, tp_size, ...)."""
+    """Return whether the accelerate config has a parallelism_config (cp_size, tp_size, ...)."""
     return os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
 
 

@@ -39,7 +39,7 @@ Representer.add_representer(str, Representer.represent_str)
 
 
 def yaml_1_2() -> YAML:
-    """YAML 1.2, in which 2e-5 is a number and `no` a word, and a key stands once in a mapping."""
+    """Return a reader and writer of YAML 1.2, in which 2e-5 is a number, `no` a word, and a key stands once."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = Representer
     yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 2**16
@@ -71,7 +71,7 @@ def write_yaml(value: Any) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of JSON lines; none where there is no file. A line that a killed run did not finish is left out."""
+    """Read the rows of JSON lines; none where the file does not exist. A line that a killed run did not finish is left out."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with suppress(json.JSONDecodeError):
@@ -87,7 +87,7 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
 
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
-    """Give a folder to write in, which becomes `out` when all went well; else there is no `out`."""
+    """Yield a folder to write in. It becomes `out` when all went well; otherwise `out` does not appear."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as parent:
         folder = Path(parent) / out.name

@@ -63,7 +63,7 @@ class DatasetConfig(TRLDatasetConfig):
 
 @dataclass
 class ScriptArguments(TRLScriptArguments):
-    """Which data, and how a row becomes text."""
+    """The data, and how a row becomes text."""
 
     datasets: list[DatasetConfig] | None = key(None, "A mixture of data sets, instead of dataset_name.")
     mixture_stopping: Literal["first_exhausted", "all_exhausted"] = key(
@@ -101,7 +101,7 @@ class ScriptArguments(TRLScriptArguments):
 
 @dataclass
 class ModelConfig(trl.ModelConfig):
-    """Which model, LoRA and quantization."""
+    """The model, LoRA and quantization."""
 
     num_layers_unfrozen: int | None = key(
         None,
@@ -120,13 +120,13 @@ class ModelConfig(trl.ModelConfig):
 
 @dataclass
 class RewardModelConfig(ModelConfig):
-    # With TRL's default, CAUSAL_LM, PEFT leaves the reward head frozen at its random start, without a word
+    # With TRL's default, CAUSAL_LM, PEFT silently leaves the reward head frozen at its random start
     lora_task_type: str = key("SEQ_CLS", "Always SEQ_CLS for reward models, which trains and saves the head too.", LORA)
 
 
 @dataclass
 class RunConfig:
-    """What the three tasks share: batch, checkpoints, trackers, pushes to the Hub."""
+    """The keys of all three tasks: batch, checkpoints, trackers, pushes to the Hub."""
 
     # TRL turns checkpointing on under the old name, which transformers 5.23 announces as deprecated in every run
     gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
@@ -189,7 +189,7 @@ class RunConfig:
         if uses_fsdp() and not torch.accelerator.is_available():
             # accelerate 1.15 (state.py) lists GPU types only and silently gives DDP elsewhere
             raise ValueError(
-                "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Take ddp.yaml or zero3.yaml."
+                "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Launch with ddp.yaml or zero3.yaml."
             )
         muon = self.optim == "muon"
         if muon:
@@ -201,7 +201,7 @@ class RunConfig:
         if self.context_parallel_size > 1 and (uses_parallelism_config() or self.parallelism_config is not None):
             raise ValueError(
                 "`context_parallel_size` takes the place of accelerate's parallelism_config (cp_size, tp_size, ...), "
-                "which is set too. Take one."
+                "which is set too. Set one of them."
             )
         # Built once on nothing, so that arguments that the schedule does not take fail now and not after the data
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -215,13 +215,13 @@ class RunConfig:
 
     @property
     def data_parallel_size(self) -> int:
-        """Processes, or groups of them under context parallelism, that have a batch of their own."""
+        """Return how many processes, or groups of them under context parallelism, have a batch of their own."""
         return max(1, self.world_size // self.context_parallel_size)
 
 
 @dataclass
 class CausalLMConfig(RunConfig):
-    """What SFT and DPO share: benchmarks of each checkpoint, and generations at each evaluation."""
+    """The keys of SFT and DPO: benchmarks of each checkpoint, and generations at each evaluation."""
 
     benchmarks: list[str] = key([], "Run on each checkpoint: names in configs/benchmarks, or paths.")
     benchmark_launcher: Literal["local", "slurm"] = key(
@@ -274,7 +274,7 @@ class SFTConfig(CausalLMConfig, trl.SFTConfig):
 
 @dataclass
 class PreferenceConfig:
-    """What reward models and DPO share."""
+    """The keys of reward models and DPO: pairs, and their packing."""
 
     chosen_column: str | None = key(None, "Column of the preferred answer: text or messages. Default: chosen.")
     rejected_column: str | None = key(None, "Column of the other answer: text or messages. Default: rejected.")
@@ -355,7 +355,7 @@ def has_fast_bf16() -> bool:
 
 
 def count_groups(processes: int, context_parallel_size: int) -> int:
-    """Groups of processes that have a batch of their own.
+    """Return the number of groups of processes that have a batch of their own.
 
     Raises:
         ValueError: when the processes cannot be divided so.
@@ -370,7 +370,7 @@ def count_groups(processes: int, context_parallel_size: int) -> int:
 
 
 def accumulation_steps(global_batch: int | None, per_device: int, world_size: int, given: int) -> int:
-    """Micro-batches a step, so that `per_device * world_size * steps == global_batch`.
+    """Return the micro-batches per step, so that `per_device * world_size * steps == global_batch`.
 
     Raises:
         ValueError: when the global batch is not a multiple of what all devices take at once.

@@ -265,7 +265,7 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
         if name in overrides or name in dead_alone:
             mistakes.append(f"`{name}` has no effect here. It needs {fix}.")
         else:
-            logger.warning("`%s` has no effect beside the command line's keys. It needs %s.", name, fix)
+            logger.warning("`%s` has no effect with the command line's keys. It needs %s.", name, fix)
     mistakes += contradictions(values)
     if mistakes:
         raise RecipeError("\n".join(mistakes))

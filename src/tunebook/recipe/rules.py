@@ -70,12 +70,12 @@ def check_muon(args: Any) -> None:
     if uses_fsdp() and fsdp_version() == 1:
         raise ValueError("`optim: muon` needs whole matrices, which FSDP1 flattens. Set fsdp_version: 2.")
     if uses_fsdp() and offloads_fsdp():
-        raise ValueError("`optim: muon` cannot run with fsdp_offload_params: true, on the CPU. Take fsdp2.yaml.")
+        raise ValueError("`optim: muon` cannot run with fsdp_offload_params: true, on the CPU. Launch with fsdp2.yaml.")
     if args.deepspeed_plugin is None:
         return
     if launched_sharding(args).offload_optimizer:
         raise ValueError(
-            "`optim: muon` cannot run with an optimizer offloaded to the CPU. Take zero3.yaml or fsdp2.yaml."
+            "`optim: muon` cannot run with an optimizer offloaded to the CPU. Launch with zero3.yaml or fsdp2.yaml."
         )
     for section in ("optimizer", "scheduler"):
         if section in args.deepspeed_plugin.deepspeed_config:
