@@ -71,7 +71,7 @@ def write_yaml(value: Any) -> str:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of JSON lines; none where the file does not exist. A line that a killed run did not finish is left out."""
+    """Read the rows of JSON lines, without a line that a killed run did not finish; none where there is no file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         with suppress(json.JSONDecodeError):
