@@ -21,6 +21,9 @@ from .rules import check_muon
 
 EVALUATION = "eval_strategy: steps or epoch, or do_eval: true"
 PACKING = "packing: true"
+CONTEXT = "context_parallel_size of 2 or more"
+SCORE_HEAD = "use_peft: false; an adapter's head is called score"
+NO_LORA = "use_peft: false; LoRA already freezes the model"
 LORA = "use_peft: true"
 MUON = "optim: muon"
 PUSHES = "push_to_hub_revision: true"
@@ -28,6 +31,8 @@ WANDB = "report_to: wandb or all"
 TURNS = "pretraining: false; it trains on plain text"
 TEMPLATE = "apply_chat_template other than false"
 SAVES = "save_strategy other than no"
+NO_EVAL_SET = "no eval_dataset_name; the two are different evaluation sets"
+ONE_TEMPLATE = "no chat_template_path; give the template in one place"
 NO_MESSAGES = "no messages_column; a row has one or the other"
 NO_COMPLETION = "no completion_column; a row has one or the other"
 NO_TOKEN_LIMIT = "no max_tokens_per_batch; it decides how many pairs a batch has"
@@ -67,16 +72,11 @@ class ScriptArguments(TRLScriptArguments):
 
     datasets: list[DatasetConfig] | None = key(None, "A mixture of data sets, instead of dataset_name.")
     mixture_stopping: Literal["first_exhausted", "all_exhausted"] = key(
-        "first_exhausted",
-        "When a mixture by probability ends: with its first exhausted source, or with its last.",
+        "first_exhausted", "When a mixture by probability ends: with its first or its last exhausted source."
     )
     eval_dataset_name: str | None = key(None, "Evaluate on this data set: Hub id, local file or folder.", EVALUATION)
     test_split_size: float | None = key(
-        None,
-        "Hold out this fraction (below 1) or number of rows for evaluation, drawn with the seed.",
-        EVALUATION,
-        "no eval_dataset_name; the two are different evaluation sets",
-        gt=0,
+        None, "Hold out a fraction (below 1) or number of rows, drawn with the seed.", EVALUATION, NO_EVAL_SET, gt=0
     )
     max_train_samples: int | None = key(None, "Train on the first N rows only.", ge=1)
     max_eval_samples: int | None = key(None, "Evaluate on the first N rows only.", EVALUATION, ge=1)
@@ -85,17 +85,9 @@ class ScriptArguments(TRLScriptArguments):
         None, "Put a plain prompt into this text at {}, e.g. 'User: {}\\nAssistant: '.", TURNS
     )
     system_prompt: str | None = key(None, "System turn for conversations that have none.", TURNS, TEMPLATE)
-    chat_template: str | None = key(
-        None,
-        "Jinja chat template, written into the recipe.",
-        TURNS,
-        TEMPLATE,
-        "no chat_template_path; give the template in one place",
-    )
+    chat_template: str | None = key(None, "Jinja chat template itself.", TURNS, TEMPLATE, ONE_TEMPLATE)
     apply_chat_template: bool | None = key(
-        None,
-        "Make turns of plain prompts and answers (true). Default: only messages go through the template.",
-        TURNS,
+        None, "Make turns of plain prompts and answers (true). Default: of messages only.", TURNS
     )
 
 
@@ -104,10 +96,7 @@ class ModelConfig(trl.ModelConfig):
     """The model, LoRA and quantization."""
 
     num_layers_unfrozen: int | None = key(
-        None,
-        "Train the top N layers, the final norm and the head only. Default: every layer.",
-        "use_peft: false; LoRA already freezes the model",
-        ge=0,
+        None, "Train the top N layers, the final norm and the head only. Default: all.", NO_LORA, ge=0
     )
 
     def __post_init__(self):
@@ -131,9 +120,7 @@ class RunConfig:
     # TRL turns checkpointing on under the old name, which transformers 5.23 announces as deprecated in every run
     gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
     activation_checkpointing: bool | None = key(
-        True,
-        "Recompute activations in the backward pass, to save memory. With activation_checkpointing_kwargs: {selective: "
-        "true} only those that are cheap.",
+        True, "Recompute activations in the backward pass; only cheap ones with {selective: true} in its kwargs."
     )
 
     optim: str = key("adamw_torch_fused", "muon, or one of transformers' optimizers: adamw_torch_fused, adafactor, ...")
@@ -146,37 +133,26 @@ class RunConfig:
     )
 
     global_batch_size: int | None = key(
-        None,
-        "Rows per step over all devices; sets gradient_accumulation_steps from it.",
-        NO_TOKEN_LIMIT,
-        ge=1,
+        None, "Rows per step over all devices, which sets gradient_accumulation_steps.", NO_TOKEN_LIMIT, ge=1
     )
     context_parallel_size: int = key(1, "Processes that share each batch, a packed row, and so its activations.", ge=1)
     context_parallel_head_stride: int | None = key(
-        None,
-        "Key and value heads that they exchange at a time: fewer take less memory, computed twice. Default: all.",
-        "context_parallel_size of 2 or more",
-        ge=1,
+        None, "Key and value heads exchanged at a time: fewer take less memory. Default: all.", CONTEXT, ge=1
     )
     resume_from_checkpoint: str = key(
-        "auto",
-        "auto: resume from the last complete checkpoint in output_dir. never: start anew. Or a checkpoint's path.",
+        "auto", "auto: from the last complete checkpoint in output_dir. never: start anew. Or a path."
     )
     dry_run: bool = key(False, "Print what the run would do and take, and what is wrong with it; train nothing.")
     force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
     save_total_gb: float | None = key(
-        None,
-        "Delete the oldest checkpoints when all together are larger than this (GB).",
-        "save_strategy other than no",
-        gt=0,
+        None, "Delete the oldest checkpoints while all together are larger (GB).", SAVES, gt=0
     )
     wandb_entity: str | None = key(None, "Weights & Biases user or team.", WANDB)
     wandb_project: str | None = key(None, "Weights & Biases project.", WANDB)
     wandb_run_group: str | None = key(None, "Weights & Biases group of runs.", WANDB)
     callbacks: list[str] = key([], "Callbacks of your own: module:Class of a TrainerCallback, built without arguments.")
     push_to_hub_revision: bool = key(
-        False,
-        "Push each checkpoint to <hub_revision>-step-<9 digits> of hub_model_id, the final model to hub_revision.",
+        False, "Push each checkpoint to the branch <hub_revision>-step-<step>, the model to hub_revision."
     )
     overwrite_hub_revision: bool = key(False, "Push although the revision already holds a model.", PUSHES)
     hub_push_failure: Literal["warn", "raise"] = key("warn", "What a push that fails does to the run.", PUSHES)
@@ -229,24 +205,18 @@ class CausalLMConfig(RunConfig):
     )
     benchmark_schedule: Literal["after", "beside", "evaluation"] | None = key(
         None,
-        "When: after training, beside it, or at each evaluation, which waits. Default: evaluation if the best model is "
-        "chosen by a benchmark, beside with slurm or benchmark_devices, else after.",
+        "After training, beside it, or at each evaluation. Default: as the best model and the devices need.",
         "benchmarks",
     )
     benchmark_devices: list[str] = key(
-        [],
-        "CUDA_VISIBLE_DEVICES of each benchmark that runs at a time.",
-        "benchmarks",
-        "benchmark_launcher: local",
+        [], "CUDA_VISIBLE_DEVICES of each benchmark that runs at a time.", "benchmarks", "benchmark_launcher: local"
     )
     benchmark_timeout: float = key(7200, "Seconds after which a benchmark is given up.", "benchmarks", gt=0)
     eval_prompts: list[str] = key(
-        [], "Generate from these at each evaluation: prompts, a .txt or .jsonl file, or column:NAME.", EVALUATION
+        [], "Generate at each evaluation: prompts, a .txt or .jsonl file, or column:NAME.", EVALUATION
     )
     eval_generation_kwargs: dict[str, Any] | None = key(
-        None,
-        "Arguments of generate(), e.g. {max_new_tokens: 64}; one key may have a list of values to sweep.",
-        "eval_prompts",
+        None, "Arguments of generate(); one may be a list of values to sweep.", "eval_prompts"
     )
     eval_metrics: list[str] = key(
         [], "module:function of (samples, prompts, outputs) -> {name: [values]}.", "eval_prompts"
@@ -263,10 +233,7 @@ class SFTConfig(CausalLMConfig, trl.SFTConfig):
         None, "Column of the completion: text or messages. Default: completion.", TURNS, NO_MESSAGES
     )
     text_column: str | None = key(
-        None,
-        "Column of plain text, trained on throughout. Default: text.",
-        NO_MESSAGES,
-        NO_COMPLETION,
+        None, "Column of plain text, trained on throughout. Default: text.", NO_MESSAGES, NO_COMPLETION
     )
     last_turn_only_loss: bool = key(False, "Train on the last assistant turn of a conversation only.", TURNS)
     pretraining: bool = key(False, "Continue pre-training on text_column: no template, no EOS, loss on every token.")
@@ -280,15 +247,10 @@ class PreferenceConfig:
     rejected_column: str | None = key(None, "Column of the other answer: text or messages. Default: rejected.")
     packing: bool = key(False, "Drop the padding: run a batch as one packed row. Same numbers, faster.")
     share_prefix: bool | None = key(
-        None,
-        "With packing: run the prompt that chosen and rejected share only once. Default: where that saves 5%.",
-        PACKING,
+        None, "Run the prompt that chosen and rejected share once. Default: where that saves 5%.", PACKING
     )
     max_tokens_per_batch: int | None = key(
-        None,
-        "With packing: as many pairs per device as fit into this many packed tokens, not a fixed number of them.",
-        PACKING,
-        ge=1,
+        None, "As many pairs per device as fit into this many packed tokens.", PACKING, ge=1
     )
 
 
@@ -300,18 +262,12 @@ class RewardConfig(PreferenceConfig, RunConfig, trl.RewardConfig):
     use_margin: bool = key(False, "Subtract margin_column from the reward difference.")
     margin_column: str | None = key(None, "Column of margins. Default: margin.", "use_margin: true")
     fp32_loss: bool = key(True, "Compute the loss in float32, whatever the model's dtype.")
-    value_head_prefix: str = key(
-        "score",
-        "Name of the reward head's module.",
-        "use_peft: false; an adapter's head is called score",
-    )
-    router_aux_loss_coef: float | None = key(
-        None, "Weight of the load-balancing loss of a mixture-of-experts model.", ge=0
-    )
+    value_head_prefix: str = key("score", "Name of the reward head's module.", SCORE_HEAD)
+    router_aux_loss_coef: float | None = key(None, "Weight of the load-balancing loss of a mixture of experts.", ge=0)
     calibrate_rewards: bool = key(False, "Store mean and std of the evaluation rewards in config.json.", EVALUATION)
     subset_column: str | None = key(None, "Also report evaluation accuracy by the values of this column.", EVALUATION)
     pair_benchmarks: list[str] = key(
-        [], "Files of pairs (RewardBench's columns) whose accuracy is measured at each evaluation.", EVALUATION
+        [], "Files of pairs (RewardBench's columns) to judge at each evaluation.", EVALUATION
     )
 
 
@@ -322,26 +278,15 @@ class DPOConfig(PreferenceConfig, CausalLMConfig, trl.DPOConfig):
     eos_token: str | None = key(None, "Token that ends a turn or sequence. Default: the tokenizer's.")
 
     ipo_reduction: Literal["mean", "sum"] = key(
-        "mean",
-        "IPO on log-probabilities averaged over the completion's tokens (TRL), or summed (OpenRLHF).",
-        "loss_type: ipo",
+        "mean", "IPO on log-probabilities averaged over the answer's tokens (TRL), or summed.", "loss_type: ipo"
     )
     nll_loss_coef: float | None = key(
-        None,
-        "Add this times the negative log-likelihood of the chosen answer: mean over tokens, then over sequences.",
-        ge=0,
+        None, "Weight of the chosen answer's negative log-likelihood: mean over tokens, then rows.", ge=0
     )
     ref_model_name_or_path: str | None = key(None, "Reference model. Default: the model as it was before training.")
-    ref_model_revision: str = key(
-        "main",
-        "Revision of ref_model_name_or_path.",
-        "ref_model_name_or_path",
-    )
+    ref_model_revision: str = key("main", "Revision of ref_model_name_or_path.", "ref_model_name_or_path")
     ref_offload: bool = key(
-        False,
-        "Keep the reference model on the CPU between its passes.",
-        NO_PRECOMPUTED,
-        OTHER_REFERENCE,
+        False, "Keep the reference model on the CPU between its passes.", NO_PRECOMPUTED, OTHER_REFERENCE
     )
 
 

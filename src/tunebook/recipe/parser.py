@@ -232,7 +232,7 @@ def read_value(name: str, value: Any, field: dataclasses.Field, hint: Any) -> An
 
 
 def describe(hint: Any) -> str:
-    return getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("tunebook.configs.", "")
+    return getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("tunebook.recipe.configs.", "")
 
 
 def dead_keys(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
