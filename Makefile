@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+UPSTREAM := trl transformers accelerate peft datasets huggingface_hub 'lm-eval[hf]'
 ACCELERATE ?= $(if $(shell command -v nvidia-smi),single,cpu)
 LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE).yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft rm dpo slurm test lint format perf
+.PHONY: help install quickstart sft rm dpo slurm test lint format upstream perf
 
 help:  ## list the targets
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -47,6 +48,14 @@ lint: install  ## check style and dependencies, change nothing
 format: install  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+upstream:  ## run the suite with the newest releases of TRL, transformers and the others, in .venv-upstream
+	$(PYTHON) -m venv .venv-upstream
+	.venv-upstream/bin/pip install --quiet --upgrade pip
+	.venv-upstream/bin/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	.venv-upstream/bin/pip install --quiet --upgrade torch==2.13.0 $(UPSTREAM)
+	.venv-upstream/bin/python tests/upstream.py --due
+	.venv-upstream/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -W default::FutureWarning
 
 perf: install  ## compare the speed with TRL's own scripts
 	$(BIN)/python perf/compare.py

@@ -35,15 +35,17 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
 def exit_on_error() -> Iterator[None]:
     """End the process with one message and the error's exit code when a [`RecipeError`] is raised inside.
 
-    With `log_level: debug` in the recipe, or TUNEBOOK_LOG_LEVEL=debug, the traceback precedes the message. Under
-    several processes rank 0 speaks. The others wait, since the launcher ends all processes with the first one that
-    fails, and speak only when rank 0 found nothing wrong.
+    With `log_level: debug` in the recipe, or TUNEBOOK_LOG_LEVEL=debug, the traceback precedes the message; the latter
+    also shows the FutureWarnings of TRL and transformers, which only we can act on. Under several processes rank 0
+    speaks. The others wait, since the launcher ends all processes with the first one that fails, and speak only when
+    rank 0 found nothing wrong.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="trl|transformers")
     if environment.shows_tracebacks():
         logging.getLogger("tunebook").setLevel(logging.DEBUG)
-    elif environment.rank() > 0:
-        logging.getLogger("tunebook").setLevel(logging.ERROR)
+    else:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="trl|transformers")
+        if environment.rank() > 0:
+            logging.getLogger("tunebook").setLevel(logging.ERROR)
     try:
         yield
     except RecipeError as error:
