@@ -102,7 +102,8 @@ class ModelConfig(trl.ModelConfig):
     def __post_init__(self):
         modules = self.lora_target_modules
         super().__post_init__()
-        # TRL 1.16 makes text of a list of one, for all-linear; PEFT takes text for a pattern of the module's whole path
+        # PATCH(trl<1.17): TRL makes text of a list of one, for all-linear, and PEFT takes text for a pattern of the
+        # module's whole path. Waits for trl/trainer/model_config.py:177. Delete when only all-linear becomes text.
         if modules is not None and modules != ["all-linear"]:
             self.lora_target_modules = modules
 
@@ -117,7 +118,8 @@ class RewardModelConfig(ModelConfig):
 class RunConfig:
     """The keys of all three tasks: batch, checkpoints, trackers, pushes to the Hub."""
 
-    # TRL turns checkpointing on under the old name, which transformers 5.23 announces as deprecated in every run
+    # PATCH(trl<1.17): TRL turns checkpointing on under its old name, which transformers announces as deprecated in
+    # every run. Waits for trl/trainer/base_config.py. Delete when TRL sets `activation_checkpointing`.
     gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
     activation_checkpointing: bool | None = key(
         True, "Recompute activations in the backward pass; only cheap ones with {selective: true} in its kwargs."
@@ -163,13 +165,15 @@ class RunConfig:
         if self.use_cpu and not has_fast_bf16():
             self.bf16 = bool(self.bf16)
         if uses_fsdp() and not torch.accelerator.is_available():
-            # accelerate 1.15 (state.py) lists GPU types only and silently gives DDP elsewhere
+            # accelerate 1.15 (state.py, line 220) lists GPU types only and silently gives DDP elsewhere
             raise ValueError(
                 "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Launch with ddp.yaml or zero3.yaml."
             )
+        # PATCH(transformers<5.25): `optim` is one of a fixed list, so another stands there while transformers checks
+        # it. Waits for https://github.com/huggingface/transformers/issues/39537. Delete when muon is in the list.
         muon = self.optim == "muon"
         if muon:
-            self.optim = "adamw_torch_fused"  # transformers 5.23 knows a fixed list
+            self.optim = "adamw_torch_fused"
         super().__post_init__()
         if muon:
             self.optim = "muon"
@@ -273,7 +277,7 @@ class RewardConfig(PreferenceConfig, RunConfig, trl.RewardConfig):
 
 @dataclass
 class DPOConfig(PreferenceConfig, CausalLMConfig, trl.DPOConfig):
-    # TRL's SFTConfig and RewardConfig have these two, its DPOConfig has not (trl 1.16)
+    # TRL's SFTConfig and RewardConfig have these two; its DPOConfig does not (trl 1.16)
     chat_template_path: str | None = key(None, "Path of a .jinja file, or a tokenizer whose chat template to take.")
     eos_token: str | None = key(None, "Token that ends a turn or sequence. Default: the tokenizer's.")
 
