@@ -22,6 +22,7 @@ from tunebook.recipe import find_task, parse, read_recipe
 from tunebook.tools import check as preflight
 from tunebook.tools.check import DEVICES, LEARNING_RATES, check, find_device, read_sharding, wilson
 from tunebook.tools.cli import app
+from tunebook.tools.memory import Part
 
 NO_SYSTEM = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
 HEALTHY = {"max_length": 128, "learning_rate": 2e-5}
@@ -191,6 +192,30 @@ def test_a_model_that_cannot_fit_gives_code_1_and_the_first_thing_to_change(repo
     assert re.search(r"needs 1[23]\d\.\d GB, and h100-80gb has 85.5. First set use_peft: true", warning)
     assert report(**keys, use_peft=True, learning_rate=2e-4)[0] == 0
     assert report(**keys, sharding=Sharding("deepspeed", 8, 3))[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("largest", "task", "keys", "change"),
+    [
+        ("activations", "sft", {"activation_checkpointing": False}, "set activation_checkpointing: true."),
+        ("activations", "sft", {"activation_checkpointing_kwargs": {"selective": True}}, "leave out selective in"),
+        ("activations", "sft", {"per_device_train_batch_size": 2}, "set per_device_train_batch_size: 1; global_batch"),
+        ("activations", "sft", {"per_device_train_batch_size": 1}, "set a smaller max_length."),
+        ("activations", "dpo", {"packing": True, "max_tokens_per_batch": 200}, "set a smaller max_tokens_per_batch."),
+        ("reference", "dpo", {}, "set precompute_ref_log_probs: true"),
+        ("weights", "sft", {"sharding": Sharding("ddp", 2)}, "shard the weights: --accelerate-config zero3."),
+        ("weights", "sft", {}, "set use_peft: true, or shard over more devices"),
+        ("weights", "sft", {"use_peft": True}, "set load_in_4bit: true."),
+        ("weights", "sft", {"use_peft": True, "load_in_4bit": True}, "take a smaller model, or shard over more"),
+    ],
+)
+def test_the_first_thing_to_change_makes_the_largest_part_smaller(report, monkeypatch, largest, task, keys, change):
+    names = ["weights", "gradients", "optimizer", "activations"] + ["reference"] * (largest == "reference")
+    parts = [Part(name, 1e18 if name == largest else 1.0, "") for name in names]
+    monkeypatch.setattr(preflight, "estimate", lambda workload: parts)
+    code, output = report(task, **keys)
+    assert code == 1
+    assert f"First {change}" in warnings(output)[-1]
 
 
 def test_checkpoints_that_fill_the_disk_give_code_1(report, monkeypatch):
