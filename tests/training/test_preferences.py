@@ -287,7 +287,7 @@ def dpo_loss(trainer, logps, ref, mask):
     }
     trainer.precompute_ref_logps = True
     try:
-        return trainer._compute_loss(FixedLogProbs(logps, mask), inputs, False).item()
+        return trainer.compute_loss(FixedLogProbs(logps, mask), inputs).item()
     finally:
         trainer.precompute_ref_logps = False
 

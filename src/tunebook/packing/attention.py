@@ -178,7 +178,9 @@ def _find_obstacle(model: PreTrainedModel) -> str | None:
 
 
 def _drop_mask(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    # transformers takes a 4-D mask as it is; without one it would build tokens x tokens from the positions
+    # PATCH(transformers<5.25): without a mask transformers builds one of tokens x tokens from a packed row's positions,
+    # and it takes a 4-D mask as it is. Waits for transformers/masking_utils.py:735. Delete when an attention function
+    # can ask for none.
     if kwargs.get("cu_seq_lens_q") is not None:
         kwargs["attention_mask"] = torch.ones(1, 1, 1, 1, dtype=torch.bool)
     return args, kwargs

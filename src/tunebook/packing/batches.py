@@ -67,9 +67,8 @@ class TokenBatchSampler(BatchRebalanceSampler):
     same number on every rank. The batches are formed once, as TRL's packing forms its rows, and each epoch shuffles
     them. A loss that is a mean over the batch (RM, DPO) then gives more weight to a row of a batch with fewer rows.
 
-    A subclass of transformers' `BatchRebalanceSampler`, so that `Trainer._get_train_sampler` may return it in place
-    of a sampler. That one counts padded tokens and gives the ranks different numbers of rows, which TRL's metrics
-    cannot gather.
+    It is a `BatchRebalanceSampler` so that the Trainer takes it in place of a sampler. transformers' own counts padded
+    tokens and gives the ranks different numbers of rows, which TRL's metrics cannot gather.
 
     Args:
         lengths: (rows,) packed tokens of each row or pair.

@@ -130,9 +130,9 @@ class ContextGroup:
 def build_context_group(accelerator: Accelerator, size: int, head_stride: int | None) -> ContextGroup:
     """Make groups of `size` neighbouring ranks, which `accelerator` gives the same batches and counts once when it
     gathers."""
-    # PATCH(accelerate<1.16): it builds such a mesh for its own kinds of parallelism only, each with one strategy. Its
-    # data loaders take any, under DeepSpeed only by the name tp. Waits for accelerate/accelerator.py:2620. Delete when
-    # the mesh is an argument.
+    # PATCH(accelerate<1.16): accelerate builds a mesh for its own kinds of parallelism only, each with one strategy,
+    # though its data loaders take any, under DeepSpeed by the name tp. Waits for accelerate/accelerator.py:2620. Delete
+    # when the mesh is an argument.
     shape = (accelerator.num_processes // size, size)
     mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("dp_replicate", "tp"))
     gather = accelerator.gather
@@ -162,7 +162,8 @@ class ContextParallelMixin:
         return super().get_tp_size() * self.args.context_parallel_size
 
     def _get_num_items_in_batch(self, *args):
-        """Return what transformers 5.23 counts, which gathers the number from all ranks and divides it by
-        `get_tp_size()`; here it is gathered once per group."""
+        # PATCH(transformers<5.25): the Trainer gathers the number from all ranks and divides it by `get_tp_size()`, but
+        # here it is gathered once per group. Waits for transformers/trainer.py:2306. Delete when ranks that share a
+        # batch are counted once.
         items = super()._get_num_items_in_batch(*args)
         return items if items is None else items * self.args.context_parallel_size

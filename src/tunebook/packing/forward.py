@@ -215,7 +215,9 @@ def _replace_forward(model: PreTrainedModel, forward: Callable, packing: bool) -
         handle.remove()
     hooks = [set_varlen_attention(model)] if packing else []
     model.packing_hooks = [*hooks, model.base_model.register_forward_hook(_select_positions, with_kwargs=True)]
-    # A bound method, as accelerate wraps these; with the model's signature, as generate() checks its arguments by it
+    # PATCH(trl<1.17): TRL's DPO and reward trainers cannot pack, and its SFT packs on flash-attn only. Waits for
+    # https://github.com/huggingface/trl/issues/2469. Delete when all three pack on every attention.
+    # It is a bound method, since accelerate wraps these, with the signature by which generate() checks its arguments
     model.forward = types.MethodType(functools.wraps(type(model).forward)(forward), model)
 
 

@@ -12,8 +12,8 @@ from trl.trainer.utils import maybe_gather_lm_head_ctx
 @contextmanager
 def head_for(device: torch.device) -> Iterator[None]:
     """Let `add_fused_lm_head` compute with [`LogProbs`] inside, if `device` is a CPU."""
-    # PATCH(trl<1.17): on a CPU, TRL's function makes a dozen passes over the logits, and computes them twice.
-    # add_fused_lm_head (trl/trainer/utils.py:1644) has no argument for another. Delete when either has changed.
+    # PATCH(trl<1.17): on a CPU, TRL's function makes a dozen passes over the logits and computes them twice, and
+    # add_fused_lm_head has no argument for another. Waits for trl/trainer/utils.py:1644. Delete when either changes.
     trl.trainer.utils._ChunkedLogProbFunction = LogProbs if device.type == "cpu" else ChunkedLogProbFunction
     try:
         yield

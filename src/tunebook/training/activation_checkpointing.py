@@ -33,9 +33,9 @@ def accept_selective(model: PreTrainedModel) -> None:
     Raises:
         RecipeError: when it is enabled, for `selective` with `use_reentrant`, and for `offload` on a CPU.
     """
-    # PATCH(transformers<5.24): whoever enables it again does so with the recipe's keywords as they are, but only the
-    # Trainer knows `every_n_layers` and `offload`. Waits for transformers/modeling_utils.py:3142. Delete when
-    # gradient_checkpointing_enable takes all keywords and a policy.
+    # PATCH(transformers<5.25): TRL enables checkpointing again with the recipe's keywords, of which only the Trainer
+    # understands `every_n_layers` and `offload`, and none takes a policy. Waits for
+    # transformers/modeling_utils.py:3151. Delete when gradient_checkpointing_enable takes all of them.
     enable = model._activation_checkpointing_enable
 
     def enable_selective(options: dict[str, Any] | None = None, every_n_layers: int = 1, offload: bool = False) -> None:

@@ -128,7 +128,9 @@ class MuonMixin:
         return super().create_optimizer(model)
 
     def _get_learning_rate(self) -> float:
-        if self.args.optim == "muon":  # read when the other is, before the schedule's next step
+        # PATCH(transformers<5.25): the Trainer logs the learning rate of the first group only, read before the
+        # schedule's next step. Waits for transformers/trainer.py:1420. Delete when it logs one per group.
+        if self.args.optim == "muon":
             self.muon_learning_rate = self.optimizer.param_groups[-1]["lr"]
         return super()._get_learning_rate()
 

@@ -27,7 +27,7 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         super().__init__(*args, **kwargs)
         # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
         # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
-        # Undo both. Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
+        # Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         vars(self.model).pop("gradient_checkpointing_enable", None)
 
@@ -42,7 +42,8 @@ class RunMixin(MuonMixin, ContextParallelMixin):
 
     def _save_checkpoint(self, model, trial) -> None:
         output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # transformers would delete older checkpoints before the manifest makes the new one whole
+        # PATCH(transformers<5.25): the Trainer deletes older checkpoints before the manifest makes the new one whole,
+        # and has no hook before a save. Waits for transformers/trainer.py:3425. Delete when rotation is a callback's.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with checkpoints.saving(name, output_dir):
@@ -79,6 +80,8 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         Raises:
             RecipeError: the rows would come in a different order, or no step begins at the sample.
         """
+        # PATCH(transformers<5.25): the Trainer has no public place to set where it resumes. Waits for
+        # transformers/trainer.py:1678. Delete when it resumes at a sample.
         self.steps_per_epoch = num_update_steps_per_epoch
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -108,14 +111,16 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         return manifest["epoch"], steps * self.args.gradient_accumulation_steps
 
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+        # PATCH(transformers<5.25): the schedule resumes at the checkpoint's step, whatever the new batch size makes of
+        # it. Waits for transformers/trainer.py:3894. Delete when it resumes at a sample.
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
             self.lr_scheduler.last_epoch = self.state.global_step - 1
             self.lr_scheduler.step()
 
     def _run_epoch(self, *args, **kwargs) -> None:
-        # PATCH(transformers<5.24): a finished run of `max_steps` is trained one step further each time it is started
-        # again. Waits for transformers/trainer.py:1819. Delete when the epoch's loop checks max_steps first.
+        # PATCH(transformers<5.25): a finished run of `max_steps` is trained one step further each time it is started
+        # again. Waits for transformers/trainer.py:1827. Delete when the epoch's loop checks max_steps first.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:

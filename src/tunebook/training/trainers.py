@@ -39,9 +39,9 @@ def overridden(args: Any, **values: Any) -> Iterator[None]:
         vars(args).update(before)
 
 
-# PATCH(trl<1.17): template, EOS token and loss mask are settled with tokenizer and rows. TRL's constructors would
-# settle them again, and refuse a mask on rows that are tokens already, so that they must not see the keys. Waits for
-# trl/trainer/sft_trainer.py:728. Delete when TRL takes tokenized rows as they are.
+# PATCH(trl<1.17): TRL's constructors settle template, EOS token and loss mask again, and refuse a mask on rows that are
+# tokens already, so they must not see these keys. Waits for trl/trainer/sft_trainer.py:728. Delete when TRL takes
+# tokenized rows as they are.
 SETTLED = {"model_init_kwargs": None, "chat_template_path": None, "eos_token": None}
 
 
@@ -56,6 +56,8 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
             pack_causal_lm(self.model, packing=args.packing, context=self.context)
 
     def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
+        # PATCH(trl<1.17): TRL walks through tokenized rows one by one; of that only packing is wanted. Waits for
+        # trl/trainer/sft_trainer.py:1228. Delete when rows with input_ids and labels are taken as they are.
         if packing:
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
@@ -67,6 +69,8 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
     batches: TokenBatchSampler | None = None
 
     def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
+        # PATCH(trl<1.17): TRL walks through tokenized pairs one by one, and drops other columns. Waits for
+        # trl/trainer/dpo_trainer.py:1036. Delete when rows with token ids are taken as they are.
         return dataset
 
     @cached_property
@@ -93,6 +97,8 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         return settings | processes if args.packing else {}
 
     def _get_train_sampler(self, train_dataset=None):
+        # PATCH(transformers<5.25): the Trainer takes batches instead of rows only from this method, as a
+        # BatchRebalanceSampler. Waits for transformers/trainer.py:1038. Delete when it takes a batch sampler.
         args = self.args
         if not args.packing:
             return super()._get_train_sampler(train_dataset)
@@ -111,8 +117,10 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         return self.batches
 
     def _init_training_state(self, *args) -> tuple[int, int]:
+        # PATCH(transformers<5.25): the Trainer cannot reach a batch sampler's epoch behind the batches that a resumed
+        # run skips. Waits for transformers/trainer.py:1678. Delete when it sets the epoch of what it wraps.
         position = super()._init_training_state(*args)
-        if self.batches is not None:  # transformers cannot reach it behind the batches that a resumed run skips
+        if self.batches is not None:
             self.batches.set_epoch(position[0])
         return position
 
@@ -147,6 +155,8 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
             pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
 
     def _set_signature_columns_if_needed(self) -> None:
+        # PATCH(trl<1.17): TRL's list of columns has no subset. Waits for trl/trainer/reward_trainer.py:744. Delete when
+        # the columns follow from the collator.
         self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "subset"]
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -209,8 +219,8 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
 @contextmanager
 def offloaded_parameters(args) -> Iterator[None]:
     """Let the engine that TRL makes for the reference under ZeRO-3 keep its parameters on the CPU (`ref_offload`)."""
-    # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and there is no argument to change the copy. Waits
-    # for trl/models/utils.py:255. Delete when there is one.
+    # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and no argument changes the copy. Waits for
+    # trl/models/utils.py:255. Delete when prepare_deepspeed takes a config.
     if not (args.ref_offload and launched_sharding(args).is_zero3):
         yield
         return
@@ -253,7 +263,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
 
     def _precompute_ref_logps(self, *args) -> Dataset:
         # PATCH(trl<1.17): TRL caches reference log-probs by data set and model only, although they also depend on
-        # `ld_alpha`. Add it to the key. Waits for trl/trainer/dpo_trainer.py:1175. Delete when it is in the hash.
+        # `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when it is in the hash.
         self._patch_forwards()
         with overridden(self, _precompute_model_hash=(self._precompute_model_hash, self.args.ld_alpha)):
             return super()._precompute_ref_logps(*args)
@@ -271,7 +281,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         yield self.ref_model
         reference.to("cpu")
 
-    def _compute_loss(self, model, inputs, return_outputs):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Return TRL's loss plus our terms, from a reference computed here and the policy's recorded outputs."""
         if not self.precompute_ref_logps:
             with self.reference() as reference:
@@ -284,7 +294,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
             return policy[0]
 
         with overridden(self, precompute_ref_logps=True):
-            result = super()._compute_loss(recorded, inputs, return_outputs)
+            result = super().compute_loss(recorded, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
         added, metrics = self.objective.added_terms(policy[0].log_probs, inputs, self.beta)
         for name, value in metrics.items():
