@@ -79,7 +79,7 @@ def estimated(case: dict[str, Any], config) -> float:
     """Return the estimated bytes of a case of the results."""
     keys = {"model_name_or_path": "model", "dataset_name": "rows", "output_dir": "out", "bf16": False, "use_cpu": True}
     recipe = parse(case["task"], keys | case["keys"])
-    workload = Workload.from_recipe(recipe, config, Batch(**case["batch"]), Sharding(), "cpu")
+    workload = Workload.from_recipe(recipe, config, Batch(**case["batch"]), Sharding(), "cpu", accumulates=False)
     return sum(part.bytes for part in estimate(workload))
 
 

@@ -38,11 +38,11 @@ def recipe_of(task, tiny, rows, **keys):
 
 
 def ids(tokens, *kinds):
-    return [token.id for token in tokens if not kinds or token.kind in kinds]
+    return [token.id for token in tokens if not kinds or token.marks[0] in kinds]
 
 
 def trained(tokens):
-    return [token.kind == TRAINED for token in tokens if token.kind != CUT]
+    return [token.marks[0] == TRAINED for token in tokens if token.marks[0] != CUT]
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_what_is_marked_as_trained_are_the_labels_of_the_trainers_rows(tiny, cha
     rows, report = preview_rows(recipe, len(train))
     assert report.startswith(f"{len(train)} of 6 rows kept")
     for row, expected in zip(rows, train, strict=True):
-        kept = [token for token in row["row"] if token.kind != CUT]
+        kept = [token for token in row["row"] if token.marks[0] != CUT]
         assert ids(kept) == expected["input_ids"]
         assert trained(kept) == [label != -100 for label in expected["labels"]]
 
@@ -90,7 +90,7 @@ def test_what_max_length_cuts_off_is_shown_behind_what_is_kept(tiny, chats, pair
     source = chats if task == "sft" else pair_rows
     cut, _ = preview_rows(recipe_of(task, tiny, source, max_length=50 if task == "sft" else 15), 48)
     whole, _ = preview_rows(recipe_of(task, tiny, source, max_length=10**6), 48)
-    assert any(CUT in {token.kind for token in tokens} for row in cut for tokens in row.values())
+    assert any(CUT in {token.marks[0] for token in tokens} for row in cut for tokens in row.values())
     every = [{name: ids(tokens) for name, tokens in row.items()} for row in whole]
     assert all({name: ids(tokens) for name, tokens in row.items()} in every for row in cut)
 
@@ -100,7 +100,7 @@ def test_the_shared_prefix_ends_where_chosen_and_rejected_part(tiny, pair_rows):
         chosen, rejected = ids(row["chosen"]), ids(row["rejected"])
         part = next(i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b)
         for tokens in row.values():
-            assert [token.shared for token in tokens] == [i < part for i in range(len(tokens))]
+            assert ["shared" in token.marks for token in tokens] == [i < part for i in range(len(tokens))]
 
 
 def test_a_packed_row_shows_where_its_documents_begin(tiny, sft_rows):
@@ -109,7 +109,7 @@ def test_a_packed_row_shows_where_its_documents_begin(tiny, sft_rows):
     assert "packed into" in report
     for row in rows:
         tokens = row["row"]
-        borders = [0, *(i for i, token in enumerate(tokens) if token.document), len(tokens)]
+        borders = [0, *(i for i, token in enumerate(tokens) if "document" in token.marks), len(tokens)]
         assert len(borders) > 2
         assert all(ids(tokens[a:b]) in documents for a, b in zip(borders, borders[1:], strict=False))
 
@@ -119,7 +119,7 @@ def test_the_tokens_texts_are_the_rows_text(tiny, chats):
     for row in preview_rows(recipe_of("sft", tiny, chats), 6)[0]:
         tokens = row["row"]
         assert "".join(token.text for token in tokens) == tokenizer.decode(ids(tokens))
-        assert {token.text for token in tokens if token.special} == {"<|im_start|>", "<|im_end|>"}
+        assert {token.text for token in tokens if "special" in token.marks} == {"<|im_start|>", "<|im_end|>"}
 
 
 class Page(HTMLParser):

@@ -43,9 +43,6 @@ DEVICES = {name: 2**20 * size for name, size in read_yaml(MEBIBYTES.read_text(),
 LEARNING_RATES = {"sft": (5e-7, 1e-3), "rm": (5e-7, 1e-3), "dpo": (1e-8, 1e-4)}
 
 
-# ---- Device and sharding -------------------------------------------------------------------------------------------
-
-
 def find_device(name: str | None) -> tuple[str, str, float]:
     """Return kind (cuda or cpu), name and bytes of a device: by its name, else the GPU here, else this machine's CPU.
 
@@ -91,16 +88,12 @@ def read_sharding(config: str | None, processes: int | None) -> Sharding:
     return unsharded(count)
 
 
-# ---- What is measured ----------------------------------------------------------------------------------------------
-
-
 def judge_pairs(train: Dataset, reward_model: str, seed: int) -> tuple[int, int]:
     """Return the number of pairs whose chosen side gets the higher reward, and the number of pairs compared."""
     model, _ = load_scorer(reward_model)
     pairs = train.shuffle(seed=seed).select(range(min(PAIRS, len(train))))
-    prompts = pairs["prompt_ids"] if "prompt_ids" in pairs.column_names else [[]] * len(pairs)
     chosen, rejected = (
-        score_ids(model, [[*prompt, *answer] for prompt, answer in zip(prompts, pairs[side], strict=True)])
+        score_ids(model, [pair.get("prompt_ids", []) + pair[side] for pair in pairs])
         for side in ("chosen_ids", "rejected_ids")
     )
     return int(np.greater(chosen, rejected).sum()), len(pairs)
@@ -166,9 +159,6 @@ def plan_disk(recipe: Recipe, workload: Workload, steps: int) -> Disk:
     folder = next(path for path in (output_dir, *output_dir.parents) if path.exists())
     needed = min(kept * checkpoint, limit) + model
     return Disk(count, kept, checkpoint, needed, shutil.disk_usage(folder).free, folder)
-
-
-# ---- The check -----------------------------------------------------------------------------------------------------
 
 
 def check(

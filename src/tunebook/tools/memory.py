@@ -49,8 +49,7 @@ def estimate(workload: Workload) -> list[Part]:
     weights = 0.0 if sharding.offload_weights else weights_size(workload) / workload.shards(3)
     gradients = trained * size / workload.shards(2)
     states = 0.0 if sharding.offload_optimizer else trained * workload.state_size / workload.shards(1)
-    step = count_step(workload)
-    activations = max(0.0, step - gradients) if workload.keeps_gradients else step
+    activations = max(0.0, count_step(workload) - (gradients if workload.keeps_gradients else 0))
     tokens = f"{workload.batch.rows} x {workload.batch.length:,} tokens"
     parts = [
         Part("weights", weights, f"{workload.parameters:,} parameters"),
@@ -109,9 +108,6 @@ def frozen_matrices(model: nn.Module) -> list[nn.Linear]:
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad]
 
 
-# ---- Counting ------------------------------------------------------------------------------------------------------
-
-
 class LiveBytes(TorchDispatchMode):
     """Add up the storages that live between the operations inside; `peak` is the most there were at a time."""
 
@@ -143,7 +139,7 @@ def cast_linear(*args, linear=F.linear):
 def count_step(workload: Workload) -> int:
     """Count the most bytes alive in forward and backward besides the weights: activations, and the gradients where the
     device keeps them whole."""
-    model, batch = workload.model, workload.batch
+    model, batch = replace(workload).model, workload.batch  # one of its own, since it is changed
     if workload.task != "sft":
         disable_dropout_in_model(model)
     AttentionInterface.register("counted", partial(attention, workload=workload))

@@ -14,8 +14,10 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Template
+
 from ..errors import RecipeError, user_errors
-from ..files import markdown_table, read_yaml, write_yaml
+from ..files import read_yaml, write_yaml
 from ..recipe import needs, parser
 from .conversions import CONVERSIONS, Settings
 
@@ -197,19 +199,6 @@ def migrate(source: str, task: str | None = None) -> Migration:
 
 def tables() -> str:
     """Return docs/migrating.md from its first table on."""
-
-    def code(names: str, dashes: str = "") -> str:
-        return re.sub(r"(, | or )", rf"`\1`{dashes}", f"`{dashes}{names}`") if names else ""
-
-    sections = []
-    for table in (read_table("handbook"), read_table("openrlhf")):
-        rows = []
-        for name, entry in table["settings"].items():
-            row = {"flag" if table["command"] else "key": code(name, "--" * table["command"])}
-            if table["older"]:
-                row[table["older"]] = code(", ".join(entry.get("older", "").split()), "--")
-            note = f"{entry.get('note', '')} {entry.get('caveat', '')}".strip()
-            rows.append(row | {"tunebook": code(list_keys(entry)), "note": note})
-        page = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
-        sections.append(f"## {table['title']}\n\n{page}\n")
-    return "\n".join(sections)
+    page = Path(__file__).with_name("migrations") / "page.jinja"
+    template = Template(page.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
+    return template.render(tables=[read_table("handbook"), read_table("openrlhf")], list_keys=list_keys)

@@ -28,26 +28,18 @@ ROWS_PER_PACK = 64  # rows that are packed for each packed row that is shown
 
 @dataclass(frozen=True)
 class Token:
-    """A token of a row. `document`: one more document of a packed row begins here."""
+    """A token of a row. `marks`: trained, context or cut, then which of special, shared and document it is besides."""
 
     id: int
     text: str
-    kind: str
-    special: bool = False
-    shared: bool = False
-    document: bool = False
-
-    @property
-    def marks(self) -> list[str]:
-        return [self.kind, *(name for name in ("special", "shared", "document") if vars(self)[name])]
+    marks: list[str]
 
 
 Row = dict[str, list[Token]]  # SFT: row; preference pairs: chosen, rejected
 
 
 def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
-    """Return about `count` of the rows that the trainer gets, drawn with the seed, and what became of those that were
-    read.
+    """Return about `count` of the rows that the trainer gets, drawn with the seed, and what became of all rows.
 
     Packed SFT rows are packed by TRL's function, but from `ROWS_PER_PACK` x count rows and not from all.
 
@@ -66,9 +58,9 @@ def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
         if settings.max_length is not None
         for row in Dataset.from_dict(process_batch(source.rows[:], replace(settings, max_length=None)))
     ]
-    columns, make_row = TOKEN_COLUMNS[recipe.task], sft_row if recipe.task == "sft" else pair_row
+    columns = TOKEN_COLUMNS[recipe.task]
     shown = train.select(range(0, len(train), max(1, len(train) // count))[:count])
-    return [make_row(row, before_the_cut(row, uncut, columns), tokenizer) for row in shown], report
+    return [show_row(row, before_the_cut(row, uncut, columns), tokenizer) for row in shown], report
 
 
 def before_the_cut(row: Mapping, uncut: Iterable[Mapping], columns: Sequence[str]) -> Mapping[str, list[int]]:
@@ -77,41 +69,28 @@ def before_the_cut(row: Mapping, uncut: Iterable[Mapping], columns: Sequence[str
     return min(wholes, key=lambda whole: sum(len(whole[name]) for name in columns), default=row)
 
 
-def sft_row(row: Mapping, whole: Mapping, tokenizer: PreTrainedTokenizerBase) -> Row:
-    ids, labels = row["input_ids"], row["labels"]
-    kinds = [CONTEXT if label == -100 else TRAINED for label in labels]
+def show_row(row: Mapping, whole: Mapping, tokenizer: PreTrainedTokenizerBase) -> Row:
+    """Return the tokens of each sequence of a row; behind them stand those of the uncut row that were cut off."""
+    columns = {"row": "input_ids"} if "labels" in row else {side: f"{side}_ids" for side in ("chosen", "rejected")}
+    prompt = row.get("prompt_ids", [])
+    sequences = {name: prompt + row[column] for name, column in columns.items()}
+    shared = len(commonprefix(list(sequences.values()))) if len(sequences) > 1 else 0
     starts = set(accumulate(row.get("seq_lengths", [])))
-    return {"row": mark(ids, kinds, whole["input_ids"], tokenizer, starts=starts)}
-
-
-def pair_row(row: Mapping, whole: Mapping, tokenizer: PreTrainedTokenizerBase) -> Row:
-    prompt, sides = row.get("prompt_ids"), {}
-    ids = {side: (prompt or []) + row[f"{side}_ids"] for side in ("chosen", "rejected")}
-    shared = len(commonprefix(list(ids.values())))
-    for side, tokens in ids.items():
-        read = len(tokens) - 1 if prompt is None else len(prompt)
-        kinds = [CONTEXT] * read + [TRAINED] * (len(tokens) - read)
-        sides[side] = mark(tokens, kinds, (prompt or []) + whole[f"{side}_ids"], tokenizer, shared)
-    return sides
-
-
-def mark(
-    ids: list[int],
-    kinds: list[str],
-    whole: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    shared: int = 0,
-    starts: Iterable[int] = (),
-) -> list[Token]:
-    """Return the tokens of a sequence, and after them those that were cut off."""
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kinds = kinds + [CUT] * (len(whole) - len(ids))
-    stream = DecodeStream(skip_special_tokens=False)
-    return [
-        # None: a character that only later tokens complete
-        Token(id, stream.step(tokenizer.backend_tokenizer, id) or "", kind, id in special, i < shared, i in starts)
-        for i, (id, kind) in enumerate(zip(ids + whole[len(ids) :], kinds, strict=True))
-    ]
+    shown = {}
+    for name, ids in sequences.items():
+        if "labels" in row:
+            kinds = [CONTEXT if label == -100 else TRAINED for label in row["labels"]]
+        else:  # DPO trains the answer; a reward is read at the last token
+            start = len(prompt) if "prompt_ids" in row else len(ids) - 1
+            kinds = [CONTEXT] * start + [TRAINED] * (len(ids) - start)
+        cut = (prompt + whole[columns[name]])[len(ids) :]
+        stream, shown[name] = DecodeStream(skip_special_tokens=False), []
+        for i, (id, kind) in enumerate(zip(ids + cut, kinds + [CUT] * len(cut), strict=True)):
+            text = stream.step(tokenizer.backend_tokenizer, id) or ""  # a character may be whole only in a later token
+            others = {"special": id in special, "shared": i < shared, "document": i in starts}
+            shown[name].append(Token(id, text, [kind, *(mark for mark, holds in others.items() if holds)]))
+    return shown
 
 
 def visible(text: str) -> str:
@@ -121,10 +100,10 @@ def visible(text: str) -> str:
 
 
 def counts(tokens: Sequence[Token]) -> str:
-    kinds = [token.kind for token in tokens]
+    kinds, documents = [token.marks[0] for token in tokens], 1 + sum("document" in token.marks for token in tokens)
     parts = [f"{len(kinds) - kinds.count(CUT):,} tokens", f"{kinds.count(TRAINED):,} trained"]
     parts += [f"{kinds.count(CUT):,} cut"] * (CUT in kinds)
-    parts += [f"{1 + sum(token.document for token in tokens):,} documents"] * any(token.document for token in tokens)
+    parts += [f"{documents:,} documents"] * (documents > 1)
     return ", ".join(parts)
 
 
@@ -142,7 +121,7 @@ def print_rows(rows: Sequence[Row], report: str, console: Console) -> None:
 def terminal_text(tokens: Iterable[Token]) -> Text:
     text = Text()
     for token in tokens:
-        text.append("¶" * token.document, MARKS["document"]["style"])
+        text.append("¶" * ("document" in token.marks), MARKS["document"]["style"])
         text.append(visible(token.text), " ".join(MARKS[name]["style"] for name in token.marks if name != "document"))
     return text
 

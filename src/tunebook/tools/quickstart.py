@@ -92,8 +92,7 @@ def answer(folder: Path, questions: list[str]) -> list[str]:
 
 @app.command()
 def results(model: Path, runs: Path, data: Path) -> None:
-    """Show answers before and after SFT, held-out pairs before and after the reward model and DPO, and what to do
-    next."""
+    """Show answers before and after SFT, held-out pairs before and after RM and DPO, and what to do next."""
     console = Console()
     questions = [row["messages"][0]["content"] for row in read_rows(data / "sft_test.jsonl")[:3]]
     table = Table("question", "before", "after SFT", title="Held-out questions", show_lines=True)

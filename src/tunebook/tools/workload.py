@@ -7,12 +7,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from trl import get_peft_config
 
 from ..environment import Sharding
@@ -58,13 +53,7 @@ class Workload:
 
     @classmethod
     def from_recipe(
-        cls,
-        recipe: Recipe,
-        config: PreTrainedConfig,
-        batch: Batch,
-        sharding: Sharding,
-        device: str,
-        accumulates: bool = False,
+        cls, recipe: Recipe, config: PreTrainedConfig, batch: Batch, sharding: Sharding, device: str, accumulates: bool
     ) -> "Workload":
         """Return the workload of a recipe. `batch` is the one that processes of a context-parallel group share."""
         args, model_args = recipe.training, recipe.model
@@ -77,8 +66,11 @@ class Workload:
                 reference = check_model(args.ref_model_name_or_path, args.ref_model_revision, args.trust_remote_code)
             elif not model_args.use_peft:
                 reference = config
-        keys = {**vars(args), **vars(model_args)}
-        settled = {
+        keys = {
+            **vars(args),
+            **vars(model_args),
+            **{"config": config, "task": recipe.task, "sharding": sharding, "device": device},
+            "batch": replace(batch, length=-(-batch.length // args.context_parallel_size)),
             "dtype": str(dtype).removeprefix("torch."),
             "mixed": args.bf16 or args.fp16 or unset,
             "bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16,
@@ -86,9 +78,7 @@ class Workload:
             "accumulates": accumulates,
             "reference": reference,
         }
-        same = {field.name: keys[field.name] for field in fields(cls) if field.name in keys}
-        batch = replace(batch, length=-(-batch.length // args.context_parallel_size))
-        return cls(config, recipe.task, batch, sharding, device, **{**same, **settled})
+        return cls(**{field.name: keys[field.name] for field in fields(cls) if field.name in keys})
 
     @cached_property
     def model(self) -> PreTrainedModel | PeftModel:
