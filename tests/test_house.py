@@ -97,9 +97,8 @@ def run_installed(installed: Path, folder: Path, *command: str) -> str:
 
 def test_the_wheel_carries_what_the_checkout_has_at_its_top(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    shipped = [name for name in tracked if name.split("/")[0] in ("configs", "launch", "recipes", "data")]
-    assert shipped and {f"tunebook/shipped/{name}" for name in shipped} <= names
+    shipped = [path for top in ("configs", "launch", "recipes", "data") for path in (ROOT / top).rglob("*.*")]
+    assert shipped and {f"tunebook/shipped/{path.relative_to(ROOT)}" for path in shipped if path.is_file()} <= names
     assert {f"tunebook/scripts/{task}.py" for task in ("sft", "rm", "dpo")} <= names
 
 
