@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import trl
@@ -12,100 +13,17 @@ import yaml
 from conftest import ROOT, launch
 
 from tunebook.errors import RecipeError
+from tunebook.files import read_yaml
 from tunebook.recipe import TASKS, parse, parser, read_command_line, read_recipe
 from tunebook.recipe.needs import TERM, holds
 from tunebook.recipe.rules import NEEDS, RANGES, RULES
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o", "bf16": False}
-MIX = [{"path": "a", "probability": 0.5}, {"path": "b", "probability": 0.5}]
-
-# task, the keys beside BASE, what the message must name (None of BASE: the key is taken away)
-MISTAKES = [
-    ("sft", {"learning_rte": 1e-5}, "learning_rte` is not a key. Did you mean learning_rate"),
-    ("sft", {"zzzzqqq": 1}, "zzzzqqq` is not a key. See --help"),
-    ("sft", {"torch_dtype": "bfloat16"}, "torch_dtype` was renamed. Set `dtype` instead."),
-    ("sft", {"max_seq_length": 8}, "Set `max_length`"),
-    ("sft", {"warmup_ratio": 0.1}, "Set `warmup_steps`"),
-    ("sft", {"overwrite_output_dir": True}, "resume_from_checkpoint: never"),
-    ("sft", {"hub_model_revision": "v1"}, "Set `hub_revision`"),
-    ("sft", {"dataset_mixture": {}}, "Set `datasets`"),
-    ("sft", {"gradient_checkpointing": False}, "follows from `activation_checkpointing`"),
-    ("sft", {"wandb_api_key": "s"}, "WANDB_API_KEY"),
-    ("sft", {"beta": 0.1}, "key of dpo, not of sft"),
-    ("dpo", {"completion_column": "a"}, "key of sft, not of dpo"),
-    ("rm", {"assistant_only_loss": True}, "key of sft, not of rm"),
-    ("sft", {"learning_rate": "fast"}, "learning_rate`: input should be a valid number"),
-    ("sft", {"learning_rate": -1}, "greater than 0"),
-    ("sft", {"learning_rate": True}, "true is not a float"),
-    ("sft", {"per_device_train_batch_size": 0}, "greater than or equal to 1"),
-    ("sft", {"per_device_train_batch_size": 2.5}, "valid integer"),
-    ("sft", {"max_length": -5}, "greater than or equal to 1"),
-    ("sft", {"packing": "maybe"}, "packing`: input should be a valid boolean"),
-    ("sft", {"lr_scheduler_type": "cosinus"}, "cosinus is not a valid SchedulerType"),
-    ("sft", {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min": 0.1}}, "unexpected keyword"),
-    ("sft", {"optim": "adamx"}, "adamx is not a valid OptimizerNames"),
-    ("sft", {"eval_strategy": "sometimes"}, "sometimes is not a valid IntervalStrategy"),
-    ("sft", {"packing": True, "packing_strategy": "ffd"}, "'ffd' is not one of bfd"),
-    ("sft", {"dtype": "float8"}, "'float8' is not one of auto"),
-    ("rm", {"loss_type": "hinge"}, "loss_type`: input should be 'sigmoid' or 'logexp'"),
-    ("sft", {"lora_r": 8}, "lora_r` has no effect here. It needs use_peft: true"),
-    ("sft", {"load_in_4bit": True}, "needs use_peft: true"),
-    ("sft", {"eval_steps": 5}, "needs eval_strategy: steps"),
-    ("sft", {"eval_dataset_name": "e"}, "needs eval_strategy"),
-    ("sft", {"save_strategy": "epoch", "save_steps": 5}, "needs save_strategy: steps"),
-    ("sft", {"packing_strategy": "bfd"}, "needs packing: true"),
-    ("sft", {"wandb_project": "p"}, "needs report_to: wandb"),
-    ("sft", {"max_steps": 5, "num_train_epochs": 2}, "needs no max_steps"),
-    ("sft", {"global_batch_size": 8, "gradient_accumulation_steps": 2}, "needs no global_batch_size"),
-    ("sft", {"global_batch_size": 9, "per_device_train_batch_size": 2}, "`global_batch_size` 9 is not a multiple"),
-    ("sft", {"metric_for_best_model": "eval_loss"}, "needs load_best_model_at_end"),
-    ("sft", {"test_split_size": 0.1, "do_eval": True, "eval_dataset_name": "e"}, "needs no eval_dataset_name"),
-    ("sft", {"pretraining": True, "assistant_only_loss": True}, "needs pretraining: false"),
-    ("sft", {"assistant_only_loss": True, "last_turn_only_loss": True}, "Set one of them"),
-    ("sft", {"messages_column": "m", "completion_column": "c"}, "needs no messages_column"),
-    ("sft", {"chat_template": "x", "chat_template_path": "y.jinja"}, "needs no chat_template_path"),
-    ("sft", {"prompt_template": "Q: "}, "has no {}"),
-    ("sft", {"padding_free": True}, "Set `packing: true`"),
-    ("sft", {"bf16": True, "fp16": True}, "both true"),
-    ("sft", {"hub_token": "hf_x"}, "HF_TOKEN"),
-    ("sft", {"dataset_streaming": True}, "not supported"),
-    ("sft", {"datasets": MIX}, "both set"),
-    ("sft", {"dataset_name": None}, "`dataset_name` is missing"),
-    ("sft", {"output_dir": None}, "`output_dir` is missing"),
-    ("sft", {"model_name_or_path": None}, "`model_name_or_path` is missing"),
-    (
-        "sft",
-        {"dataset_name": None, "datasets": [{"path": "a", "weight": 1}]},
-        "datasets[0][weight]`: unexpected keyword",
-    ),
-    ("sft", {"dataset_name": None, "datasets": [MIX[0], {"path": "b"}]}, "for every entry or for none"),
-    ("sft", {"dataset_name": None, "datasets": [MIX[0], MIX[0] | {"probability": 0.2}]}, "do not add up to 1"),
-    ("sft", {"dataset_name": None, "datasets": MIX, "dataset_config": "x"}, "set name and split in each entry"),
-    ("sft", {"mixture_stopping": "all_exhausted"}, "a probability for every entry"),
-    ("dpo", {"loss_type": "hinge", "label_smoothing": 0.1}, "needs loss_type: sigmoid"),
-    ("dpo", {"label_smoothing": 0.6}, "less than 0.5"),
-    ("dpo", {"ipo_reduction": "sum"}, "needs loss_type: ipo"),
-    ("dpo", {"ref_model_revision": "v"}, "needs ref_model_name_or_path"),
-    (
-        "dpo",
-        {"ref_offload": True, "precompute_ref_log_probs": True},
-        "needs precompute_ref_log_probs: false",
-    ),
-    ("dpo", {"truncation_mode": "keep_end"}, "deprecated in TRL"),
-    ("dpo", {"share_prefix": True}, "needs packing: true"),
-    ("rm", {"packing": True, "train_sampling_strategy": "sequential"}, "balanced by tokens"),
-    ("rm", {"train_sampling_strategy": "batch_rebalance"}, "cannot balance pairs"),
-    ("dpo", {"packing": True, "neftune_noise_alpha": 5}, "depends on the length of the row"),
-    ("dpo", {"sync_ref_model": True, "ref_offload": True}, "`ref_offload` keeps on the CPU"),
-    ("rm", {"value_head_prefix": "v", "push_to_hub": True}, "Set `push_to_hub_revision` instead"),
-    ("sft", {"do_train": False}, "a run always trains"),
-    ("rm", {"margin_column": "m"}, "needs use_margin: true"),
-    ("rm", {"calibrate_rewards": True}, "needs eval_strategy"),
-    ("rm", {"use_peft": True, "lora_task_type": "CAUSAL_LM"}, "SEQ_CLS for reward models"),
-]
+MISTAKES = Path(__file__).with_name("mistakes.yaml")
+KEYS = {name for task in TASKS for name in parser.task_keys(task)}
 
 
-@pytest.mark.parametrize(("task", "keys", "message"), MISTAKES)
+@pytest.mark.parametrize(("task", "keys", "message"), read_yaml(MISTAKES.read_text(), "mistakes.yaml"))
 def test_a_mistake_is_refused_by_name(task, keys, message):
     given = {name: value for name, value in (BASE | keys).items() if value is not None}
     with pytest.raises(RecipeError) as error:
@@ -119,20 +37,13 @@ def test_all_mistakes_are_said_at_once():
     assert len(str(error.value).splitlines()) == 3
 
 
-def test_every_rule_names_keys_that_exist():
-    known = {name for classes in TASKS.values() for cls in classes for name in parser.keys_of(cls)}
-    assert {name for name, _ in NEEDS} <= known
-    assert set(RANGES) <= known
-
-
-def test_every_condition_is_read_and_names_keys_that_exist():
-    known = {name for task in TASKS for name in parser.task_keys(task)} | {"task"}
-    declared = [
-        need for task in TASKS for field, _ in parser.task_keys(task).values() for need in parser.needs_of(field)
-    ]
-    for condition in [*declared, *(need for _, need in NEEDS), *(rule["if"] for rule in RULES["contradictions"])]:
+def test_every_rule_and_condition_names_keys_that_exist():
+    assert {name for name, _ in NEEDS} | set(RANGES) <= KEYS
+    fields = [field for task in TASKS for field, _ in parser.task_keys(task).values()]
+    conditions = [need for field in fields for need in parser.needs_of(field)] + [need for _, need in NEEDS]
+    for condition in conditions + [rule["if"] for rule in RULES["contradictions"]]:
         for term in re.split(", or | and ", condition.partition("; ")[0]):
-            assert TERM.fullmatch(term)["key"] in known, condition
+            assert TERM.fullmatch(term)["key"] in KEYS | {"task"}, condition
 
 
 @pytest.mark.parametrize(
@@ -160,11 +71,16 @@ def test_renamed_keys_are_not_offered_as_near_names():
     assert all("Did you mean" not in parser.unknown_key("sft", name) for name in parser.old_keys())
 
 
-def test_yaml_anchors_merge_and_scientific_notation(tmp_path):
+def test_a_file_is_yaml_1_2_with_anchors(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text("_lora: &lora {lora_r: 8, lora_alpha: 16}\n<<: *lora\nuse_peft: true\nlearning_rate: 2e-5\n")
-    recipe = parse("sft", BASE | read_recipe(path))
-    assert (recipe.model.lora_r, recipe.model.lora_alpha, recipe.training.learning_rate) == (8, 16, 2e-5)
+    path.write_text(
+        "_lora: &lora {lora_r: 8, lora_alpha: 16}\n<<: *lora\nuse_peft: true\nlearning_rate: 2e-5\n"
+        "save_strategy: no\npacking: yes\n"
+    )
+    recipe = parse("sft", BASE | read_recipe(path), read_command_line(["--eval_strategy", "no"])[1])
+    model, training = recipe.model, recipe.training
+    assert (model.lora_r, model.lora_alpha, training.learning_rate) == (8, 16, 2e-5)
+    assert (training.save_strategy, training.eval_strategy, training.packing) == ("no", "no", True)
 
 
 @pytest.mark.parametrize(
@@ -191,13 +107,6 @@ def test_the_command_line_overrides_lists_flags_and_nested_keys():
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "system_prompt": "Be brief: yes.",
     }
-
-
-def test_no_is_a_word_and_not_false(tmp_path):
-    path = tmp_path / "r.yaml"
-    path.write_text("save_strategy: no\npacking: yes\n")
-    args = parse("sft", BASE | read_recipe(path), read_command_line(["--eval_strategy", "no"])[1]).training
-    assert (args.save_strategy, args.eval_strategy, args.packing) == ("no", "no", True)
 
 
 def test_nested_overrides_keep_the_recipes_other_entries():
