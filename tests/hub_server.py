@@ -3,7 +3,7 @@
     with HubServer() as hub:
         api = HfApi(endpoint=hub.url, token="hf_write")
 
-`python tests/hub_server.py PORT` serves one in a process of its own. Faults and delays name a part of the path:
+Faults and delays name a part of the path:
 
     hub.fail("/commit/", 503, times=2)      # answers 503 twice, then works
     hub.drop("/lfs-objects/", times=1)      # reads half of the body and closes the connection
@@ -14,7 +14,6 @@ import base64
 import hashlib
 import json
 import re
-import sys
 import threading
 import time
 from dataclasses import dataclass, field
@@ -93,7 +92,7 @@ class Fault:
 class HubServer:
     """Tokens: hf_write may write, hf_read may read; everything may be read without one."""
 
-    def __init__(self, port: int = 0, xet_cas_url: str | None = None):
+    def __init__(self, xet_cas_url: str | None = None):
         self.repos: dict[str, Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str]] = []
@@ -101,7 +100,7 @@ class HubServer:
         self.xet_cas_url = xet_cas_url
         self.lock = threading.RLock()
         handler = type("Handler", (Handler,), {"hub": self})
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
 
@@ -241,9 +240,7 @@ class HubServer:
     def upload_mode(file: dict, commit: Commit) -> dict:
         mode = "lfs" if file["path"].endswith((".safetensors", ".bin", ".pt", ".pth", ".model")) else "regular"
         answer = {"path": file["path"], "uploadMode": mode, "shouldIgnore": False}
-        if file["path"] in commit.tree:
-            answer["oid"] = commit.tree[file["path"]].oid
-        return answer
+        return answer | ({"oid": commit.tree[file["path"]].oid} if file["path"] in commit.tree else {})
 
     def commit(self, repo: Repo, branch: str, parent: Commit, operations: list[dict]):
         header = operations[0]["value"]
@@ -319,8 +316,3 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(answer)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
-
-
-if __name__ == "__main__":
-    with HubServer(int(sys.argv[1])) as server:
-        threading.Event().wait()

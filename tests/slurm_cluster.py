@@ -70,10 +70,8 @@ def slurm_cluster(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     commands = [["slurmctld"], *(["slurmd", "-N", name] for name in NODES)]
     daemons = [subprocess.Popen([*command, "-D"], **null) for command in commands]
     try:
-        deadline = time.monotonic() + 30
-        while (
-            subprocess.run(["sinfo", "-hN", "-o", "%t"], capture_output=True, text=True).stdout.split() != ["idle"] * 2
-        ):
+        deadline, states = time.monotonic() + 30, ["sinfo", "-hN", "-o", "%t"]
+        while subprocess.run(states, capture_output=True, text=True).stdout.split() != ["idle"] * 2:
             assert time.monotonic() < deadline, (folder / "slurmctld.log").read_text()
             time.sleep(0.2)
         yield

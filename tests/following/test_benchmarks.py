@@ -7,6 +7,7 @@ import sys
 import textwrap
 from dataclasses import fields
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,17 +23,17 @@ from tunebook.environment import without_launcher
 from tunebook.files import read_rows
 from tunebook.following import benchmarks
 from tunebook.following.benchmarks import (
+    BenchmarkCallback,
     BenchmarkJobs,
     benchmark_tasks,
     find_benchmark,
-    is_benchmark_metric,
     lm_eval_command,
     read_scores,
-    run_benchmarks,
 )
 from tunebook.following.scores import BenchmarkRow, add_scores_to_card, scores_table
 
 BENCHMARKS = ROOT / "configs" / "benchmarks"
+ARITHMETIC = [find_benchmark("arithmetic")]
 
 
 def write_results(folder: Path, results: dict) -> None:
@@ -61,30 +62,31 @@ class TestRunConfigs:
             find_benchmark(str(tmp_path / "mine.yaml"))
 
     def test_metric_for_best_model_must_be_a_score_of_the_benchmarks(self):
-        paths = [find_benchmark("gsm8k")]
-        assert is_benchmark_metric("eval_bench_gsm8k_exact_match_strict_match", paths)
-        assert is_benchmark_metric("bench_gsm8k_exact_match_strict_match", paths)
-        assert not is_benchmark_metric("eval_loss", paths)
-        assert not is_benchmark_metric(None, paths)
+        args = SimpleNamespace(benchmarks=["gsm8k"], benchmark_launcher="local")
+        exact_match = "bench_gsm8k_exact_match_strict_match"
+        for args.metric_for_best_model in (exact_match, f"eval_{exact_match}", "eval_loss", None):
+            BenchmarkCallback.validate(args)
+        args.metric_for_best_model = "eval_bench_mmlu_acc"
         with pytest.raises(ValueError, match="have the tasks gsm8k"):
-            is_benchmark_metric("eval_bench_mmlu_acc", paths)
+            BenchmarkCallback.validate(args)
+
+
+def model_args(command: list[str]) -> dict:
+    return json.loads(command[command.index("--model_args") + 1])
 
 
 class TestCommand:
-    def model_args(self, command: list[str]) -> dict:
-        return json.loads(command[command.index("--model_args") + 1])
-
     def test_run_config_keeps_its_model_args_and_gets_the_model(self, tmp_path):
         (tmp_path / "b.yaml").write_text("tasks: [gsm8k]\nmodel_args: {dtype: float32, max_length: 64}\n")
         command = lm_eval_command(tmp_path / "b.yaml", "org/model", tmp_path / "out", revision="v1-step-000000010")
         expected = {"dtype": "float32", "max_length": 64, "pretrained": "org/model", "revision": "v1-step-000000010"}
-        assert self.model_args(command) == expected
+        assert model_args(command) == expected
 
     def test_adapter_is_loaded_on_the_base_model_that_it_names(self, tmp_path):
         (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "org/base"}')
         command = lm_eval_command(find_benchmark("arithmetic"), str(tmp_path), tmp_path / "out")
         expected = {"pretrained": "org/base", "peft": str(tmp_path), "tokenizer": str(tmp_path)}
-        assert self.model_args(command) == expected
+        assert model_args(command) == expected
 
     def test_environment_loses_the_launcher_and_slurm_but_keeps_the_rest(self):
         launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK", "MASTER_ADDR")
@@ -96,22 +98,13 @@ class TestCommand:
 
 class TestScores:
     def test_filters_name_a_metric_only_where_there_are_several(self, tmp_path):
-        results = {
-            "gsm8k": {
-                "alias": "gsm8k",
-                "exact_match,strict-match": 0.25,
-                "exact_match_stderr,strict-match": 0.01,
-                "exact_match,flexible-extract": 0.5,
-                "exact_match_stderr,flexible-extract": "N/A",
-            },
-            "sums": {"acc,none": 0.75, "acc_stderr,none": 0.02},
-        }
-        write_results(tmp_path / "a" / "b", results)
+        gsm8k = {"alias": "gsm8k", "exact_match,strict-match": 0.25, "exact_match_stderr,strict-match": 0.01}
+        gsm8k |= {"exact_match,flexible-extract": 0.5, "exact_match_stderr,flexible-extract": "N/A"}
+        sums = {"acc,none": 0.75, "acc_stderr,none": 0.02}
+        write_results(tmp_path / "a" / "b", {"gsm8k": gsm8k, "sums": sums})
         scores, stderr = read_scores(tmp_path, ["gsm8k", "sums"])
-        assert scores == {
-            "gsm8k": {"exact_match_strict_match": 0.25, "exact_match_flexible_extract": 0.5},
-            "sums": {"acc": 0.75},
-        }
+        exact_match = {"exact_match_strict_match": 0.25, "exact_match_flexible_extract": 0.5}
+        assert scores == {"gsm8k": exact_match, "sums": {"acc": 0.75}}
         assert stderr == {"gsm8k": {"exact_match_strict_match": 0.01}, "sums": {"acc": 0.02}}
 
     def test_group_is_read_without_its_members_and_a_tag_by_its_tasks(self, tmp_path):
@@ -170,7 +163,7 @@ def test_lm_eval_gives_the_accuracy_that_an_independent_computation_gives(tiny, 
     # As in a trainer that torchrun started: lm-eval would wait for rank 1 if it saw these.
     for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}.items():
         monkeypatch.setenv(name, value)
-    [row] = run_benchmarks(str(tiny), [find_benchmark("arithmetic_choice")], tmp_path, timeout=300)
+    [row] = BenchmarkJobs(tmp_path, [find_benchmark("arithmetic_choice")], timeout=300).run(str(tiny))
     assert row.status == "completed", row.error
     rows = [json.loads(line) for line in (BENCHMARKS / "local" / "arithmetic.jsonl").read_text().splitlines()]
     assert row.scores == {"arithmetic_choice": {"acc": pytest.approx(independent_accuracy(tiny, rows))}}
@@ -201,22 +194,22 @@ print("model", sys.argv[2], "revision", sys.argv[3], "device", os.environ.get("C
 class TestJobs:
     def test_failing_benchmark_is_a_row_with_the_end_of_its_log(self, tmp_path, stand_in):
         stand_in("import sys; print('line one', flush=True); sys.exit('out of memory')")
-        [row] = run_benchmarks("org/model", [find_benchmark("arithmetic")], tmp_path)
+        [row] = BenchmarkJobs(tmp_path, ARITHMETIC).run("org/model")
         assert row.status == "failed" and row.scores == {}
         assert row.error.splitlines() == ["exit code 1", "line one", "out of memory"]
 
     def test_benchmark_that_runs_too_long_is_killed(self, tmp_path, stand_in):
         stand_in("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-        [row] = run_benchmarks("org/model", [find_benchmark("arithmetic")], tmp_path, timeout=1)
+        [row] = BenchmarkJobs(tmp_path, ARITHMETIC, timeout=1).run("org/model")
         assert row.status == "timed out" and row.seconds < 10
         with pytest.raises(ProcessLookupError):
             os.kill(int(row.error.splitlines()[-1]), 0)
 
     def test_as_many_jobs_run_at_a_time_as_there_are_devices_each_on_its_own(self, tmp_path, stand_in):
         stand_in(WRITE_RESULTS + "print(time.time())\ntime.sleep(0.5)\nprint(time.time())")
-        jobs = BenchmarkJobs(tmp_path, devices=["2", "5"])
+        jobs = BenchmarkJobs(tmp_path, ARITHMETIC, devices=["2", "5"])
         for step in (1, 2, 3):
-            jobs.submit(find_benchmark("arithmetic"), "org/model", step)
+            jobs.submit("org/model", step)
         assert sorted(row.step for row in jobs.wait()) == [1, 2, 3]
         logs = [(tmp_path / f"benchmarks/00000000{step}/arithmetic/log.txt").read_text() for step in (1, 2, 3)]
         assert "device 2" in logs[0] and "device 5" in logs[1]
@@ -224,41 +217,32 @@ class TestJobs:
         assert start2 < end1 and start3 > min(end1, end2)
 
     def test_step_with_scores_is_not_run_again_and_one_that_failed_is(self, tmp_path, stand_in):
-        arithmetic = find_benchmark("arithmetic")
-        for script, status in (("raise SystemExit(1)", "failed"), (WRITE_RESULTS, "completed")):
+        for script, statuses in (("raise SystemExit(1)", ["failed"]), (WRITE_RESULTS, ["completed"]), ("", [])):
             stand_in(script)
-            jobs = BenchmarkJobs(tmp_path)
-            jobs.submit(arithmetic, "org/model", 10)
-            assert [row.status for row in jobs.wait()] == [status]
-        jobs.submit(arithmetic, "org/model", 10)
-        assert jobs.wait() == []
+            jobs = BenchmarkJobs(tmp_path, ARITHMETIC)
+            jobs.submit("org/model", 10)
+            assert [row.status for row in jobs.wait()] == statuses
 
     def test_results_of_an_earlier_attempt_are_not_taken_for_those_of_a_failing_one(self, tmp_path, stand_in):
         write_results(tmp_path / "benchmarks" / "000000010" / "arithmetic", {"arithmetic": {"acc,none": 0.9}})
         stand_in("raise SystemExit(1)")
-        jobs = BenchmarkJobs(tmp_path)
-        jobs.submit(find_benchmark("arithmetic"), "org/model", 10)
+        jobs = BenchmarkJobs(tmp_path, ARITHMETIC)
+        jobs.submit("org/model", 10)
         assert [row.status for row in jobs.wait()] == ["failed"]
 
 
-@pytest.fixture
-def slurm(tmp_path, monkeypatch):
+def test_slurm_jobs_give_their_scores_and_their_failures(tmp_path, monkeypatch, stand_in):
     with slurm_cluster(tmp_path / "slurm", monkeypatch):
-        yield
-
-
-class TestSlurm:
-    def test_jobs_give_their_scores_and_their_failures(self, slurm, tmp_path, stand_in):
         quoted = "a 'quoted', \"model\""
         stand_in(WRITE_RESULTS + "print('Slurm job', os.environ['SLURM_JOB_ID'])\nsys.exit(sys.argv[2] == 'bad')")
-        jobs = BenchmarkJobs(tmp_path, launcher="slurm", timeout=120)
-        jobs.submit(find_benchmark("arithmetic"), quoted, 1, revision="v1-step-000000001")
+        jobs = BenchmarkJobs(tmp_path, ARITHMETIC, launcher="slurm", timeout=120)
+        jobs.submit(quoted, 1, revision="v1-step-000000001")
         [row] = jobs.wait()
         log = (tmp_path / "benchmarks" / "000000001" / "arithmetic" / "log.txt").read_text()
         assert row.status == "completed" and row.scores == {"arithmetic": {"acc": 0.5}}
         assert f"model {quoted} revision v1-step-000000001 device 0" in log and "Slurm job" in log
 
         stand_in("raise SystemExit('no such model')")
-        jobs.submit(find_benchmark("arithmetic"), "org/model", 2)
+        jobs.submit("org/model", 2)
         [row] = jobs.wait()
         assert row.status == "failed" and "no such model" in row.error

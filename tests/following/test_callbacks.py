@@ -9,11 +9,12 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import launch
+from conftest import launch, write_rows
 from hub_server import HubServer, reach_loopback
 from huggingface_hub import HfApi
 from plain_trainer import make_trainer
@@ -84,14 +85,10 @@ def lm_eval(monkeypatch):
     return replace
 
 
-class RecordWeights(TrainerCallback):
-    """The weights as they were at each save."""
-
-    def __init__(self):
-        self.weights = {}
-
-    def on_save(self, args, state, control, model=None, **kwargs):
-        self.weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+def callback_at(event: str, function) -> TrainerCallback:
+    """A callback that calls `function(state, model)` at an event."""
+    at_event = lambda self, args, state, control, model=None, **kwargs: function(state, model)  # noqa: E731
+    return type("At", (TrainerCallback,), {event: at_event})()
 
 
 def wait_for(condition) -> None:
@@ -108,16 +105,20 @@ def save_each_step(model: Path, out: Path, **arguments) -> Trainer:
 
 def run(trainer: Trainer, resume_from_checkpoint: str | None = None) -> dict:
     """Train, save and finish, as a recipe's run does; returns the weights at each save."""
-    record = RecordWeights()
+    weights = {}
+
+    def record(state, model):
+        weights[state.global_step] = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
     callbacks = build_callbacks(trainer, ScriptArguments())
-    for callback in (record, *callbacks):
+    for callback in (callback_at("on_save", record), *callbacks):
         trainer.add_callback(callback)
     trainer.train(resume_from_checkpoint=resume_from_checkpoint)
     trainer.save_model()
     out = Path(trainer.args.output_dir)
     (out / "README.md").write_text("---\nlicense: mit\n---\n# Model\n")
     finish_callbacks(trainer, callbacks, out)
-    return record.weights
+    return weights
 
 
 def assert_revision_holds(revision: str, weights: dict, cache: Path) -> None:
@@ -141,9 +142,10 @@ def test_slow_hub_gets_every_checkpoint_though_only_one_is_kept_and_the_card_sho
     assert not torch.equal(weights[1]["lm_head.weight"], weights[2]["lm_head.weight"])
 
     rows = read_rows(tmp_path / "out" / "benchmarks.jsonl")
+    acc = "eval_bench_arithmetic_acc"
+    logged = [(log["step"], log[acc]) for log in trainer.state.log_history if acc in log]
     assert [(row["step"], row["scores"]["arithmetic"]["acc"]) for row in rows] == [(1, 0.25), (2, 0.75), (3, 0.5)]
-    logged = {log["step"]: log for log in trainer.state.log_history if "eval_bench_arithmetic_acc" in log}
-    assert {step: log["eval_bench_arithmetic_acc"] for step, log in logged.items()} == {1: 0.25, 2: 0.75, 3: 0.5}
+    assert logged == [(1, 0.25), (2, 0.75), (3, 0.5)]
     card = server.repos[REPO].resolve("v1").tree["README.md"].data.decode()
     assert "| 2 | 0.7500 |" in card
     [result] = yaml.safe_load(card.split("---")[1])["model-index"][0]["results"]
@@ -173,13 +175,9 @@ def test_refused_push_ends_the_run_at_the_next_save_if_asked(tiny, tmp_path, ser
     server.fail("/commit/", 403)
     trainer = save_each_step(tiny, tmp_path / "out", hub_push_failure="raise", **PUSH)
     [push] = build_callbacks(trainer, ScriptArguments())
-
-    class Wait(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            wait_for(lambda: state.global_step == 0 or push.uploads.refused)
-
+    wait = lambda state, model: wait_for(lambda: state.global_step == 0 or push.uploads.refused)  # noqa: E731
     trainer.add_callback(push)
-    trainer.add_callback(Wait())
+    trainer.add_callback(callback_at("on_step_begin", wait))
     with pytest.raises(RuntimeError, match="v1-step-000000001: .*403"):
         trainer.train()
     assert trainer.state.global_step == 2
@@ -202,13 +200,12 @@ def test_resumed_run_pushes_and_benchmarks_what_the_killed_one_did_not_and_nothi
     killed = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, **PUSH)
     callbacks = build_callbacks(killed, ScriptArguments())
 
-    class Kill(TrainerCallback):
-        def on_step_begin(self, args, state, control, **kwargs):
-            if state.global_step == 2:
-                wait_for(lambda: any("/commit/v1-step-000000002" in path for _, path in server.requests))
-                raise KeyboardInterrupt
+    def kill(state, model):
+        if state.global_step == 2:
+            wait_for(lambda: any("/commit/v1-step-000000002" in path for _, path in server.requests))
+            raise KeyboardInterrupt
 
-    for callback in (Kill(), *callbacks):
+    for callback in (callback_at("on_step_begin", kill), *callbacks):
         killed.add_callback(callback)
     with pytest.raises(KeyboardInterrupt):
         killed.train()
@@ -242,19 +239,12 @@ def test_benchmarks_beside_training_are_in_the_trackers_before_it_ends(tiny, tmp
     lm_eval()
     trainer = save_each_step(tiny, tmp_path / "out", **ARITHMETIC, benchmark_schedule="beside")
     [callback] = build_callbacks(trainer, ScriptArguments())
-    logged = []
-
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            wait_for(lambda: all(result.ready() for _, result in callback.jobs.unfinished))
-
-        def on_train_end(self, args, state, control, **kwargs):
-            logged.extend(log["step"] for log in state.log_history if "eval_bench_arithmetic_acc" in log)
-
+    wait = lambda state, model: wait_for(lambda: all(r.ready() for _, r in callback.jobs.unfinished))  # noqa: E731
     trainer.add_callback(callback)
-    trainer.add_callback(Watch())
+    trainer.add_callback(callback_at("on_step_end", wait))
     trainer.train()
-    assert 1 in logged
+    assert 1 in [log["step"] for log in trainer.state.log_history if "eval_bench_arithmetic_acc" in log]
+    callback.jobs.wait()  # the last one would run into the next test
 
 
 class TestFromTheHub:
@@ -303,12 +293,14 @@ class TestBestModel:
         assert len(list(tmp_path.glob("best-*"))) == 2
 
 
-def test_reward_model_is_benchmarked_by_subset_at_every_evaluation(tiny, tmp_path):
+def test_reward_model_is_benchmarked_by_subset_at_every_evaluation(tiny, tmp_path, monkeypatch):
     trainer = save_each_step(tiny, tmp_path / "out", eval_strategy="steps", eval_steps=1)
     sides = [("a", 2, 1), ("a", 1, 1), ("b", 3, 5), ("b", 9, 0), ("b", 4, 1)]  # a tie is wrong
     pairs = [{"prompt": "p", "chosen": str(c), "rejected": str(r), "subset": s} for s, c, r in sides]
-    score = lambda items: [float(completion) for _, completion in items]  # noqa: E731
-    trainer.add_callback(PairAccuracyCallback(trainer, {"pairs": pairs}, score))
+    trainer.args.pair_benchmarks = [str(write_rows(tmp_path / "pairs.jsonl", pairs))]
+    # The reward of a completion is the number that it is
+    monkeypatch.setattr("tunebook.following.pairs.score_completions", lambda *given: [float(c) for _, c in given[-1]])
+    trainer.add_callback(PairAccuracyCallback(trainer, ScriptArguments()))
     metrics = trainer.evaluate()
     expected = {"accuracy": 3 / 5, "accuracy_a": 1 / 2, "accuracy_b": 2 / 3}
     assert {f"eval_bench_pairs_{name}": value for name, value in expected.items()}.items() <= metrics.items()
@@ -318,10 +310,11 @@ def test_reward_model_is_benchmarked_by_subset_at_every_evaluation(tiny, tmp_pat
 def test_wandb_gets_the_recipe_s_settings_and_they_are_refused_where_they_would_do_nothing(monkeypatch):
     monkeypatch.delenv("WANDB_ENTITY", raising=False)
     monkeypatch.setenv("WANDB_PROJECT", "before")
-    set_wandb_environment(["wandb"], project="after")
+    keys = {"wandb_entity": None, "wandb_project": None, "wandb_run_group": None}
+    set_wandb_environment(SimpleNamespace(report_to=["wandb"], **keys | {"wandb_project": "after"}))
     assert os.environ["WANDB_PROJECT"] == "after" and "WANDB_ENTITY" not in os.environ
     with pytest.raises(ValueError, match="`wandb_entity` would have no effect"):
-        set_wandb_environment(["tensorboard"], entity="team")
+        set_wandb_environment(SimpleNamespace(report_to=["tensorboard"], **keys | {"wandb_entity": "team"}))
 
 
 if __name__ == "__main__":

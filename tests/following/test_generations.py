@@ -45,16 +45,9 @@ def count_letters(samples, prompts, outputs):
 
 def train(model: Path, out: Path, generation_kwargs: dict | None, **arguments) -> Trainer:
     """Two steps with dropout and an evaluation after each; generations if there are keyword arguments for them."""
-    trainer = make_trainer(
-        model,
-        out,
-        max_steps=2,
-        eval_strategy="steps",
-        eval_steps=1,
-        eval_generation_kwargs=generation_kwargs,
-        eval_metrics=["test_generations:count_letters"],
-        **arguments,
-    )
+    arguments |= {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1}
+    arguments |= {"eval_generation_kwargs": generation_kwargs, "eval_metrics": ["test_generations:count_letters"]}
+    trainer = make_trainer(model, out, **arguments)
     if generation_kwargs is not None:
         for callback in build_callbacks(trainer, ScriptArguments(), PROMPTS):
             trainer.add_callback(callback)
@@ -88,8 +81,7 @@ class TestPrompts:
         with pytest.raises(ValueError, match=entry.removeprefix("column:")):
             load_prompts([entry], {})
 
-    def test_are_read_by_the_model_through_its_template(self, model):
-        tokenizer = AutoTokenizer.from_pretrained(model)
+    def test_are_read_by_the_model_through_its_template(self, tokenizer):
         asked = [{"role": "user", "content": "one"}]
         answered = [*asked, {"role": "assistant", "content": "two"}]
         turn = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
@@ -107,10 +99,8 @@ class TestPrompts:
 
 class TestSettings:
     def test_one_list_is_swept(self):
-        assert sweep({"max_new_tokens": 4}) == (None, [{"max_new_tokens": 4}])
-        key, settings = sweep({"do_sample": True, "temperature": [0.5, 1.0]})
-        assert key == "temperature"
-        assert settings == [{"do_sample": True, "temperature": 0.5}, {"do_sample": True, "temperature": 1.0}]
+        assert sweep({"max_new_tokens": 4}) == [{}]
+        assert sweep({"do_sample": True, "temperature": [0.5, 1.0]}) == [{"temperature": 0.5}, {"temperature": 1.0}]
 
     def test_two_lists_are_refused_by_name(self):
         with pytest.raises(ValueError, match="temperature, top_k"):
@@ -134,8 +124,8 @@ class TestOutputs:
     def test_are_cut_at_the_first_stop_sequence(self, output, trimmed):
         assert trim(output, ["\n\n", "###"]) == trimmed
 
-    def test_of_a_padded_batch_are_those_of_each_prompt_alone(self, model):
-        tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    def test_of_a_padded_batch_are_those_of_each_prompt_alone(self, model, tokenizer):
+        network = AutoModelForCausalLM.from_pretrained(model)
         outputs = generate(network, tokenizer, PROMPTS, batch_size=3, max_new_tokens=8)
         for prompt, output in zip(PROMPTS, outputs, strict=True):
             ids = tokenizer(prompt, return_tensors="pt").input_ids
@@ -143,8 +133,8 @@ class TestOutputs:
             alone = network.generate(ids, generation_config=config)[0, ids.shape[1] :]
             assert output == tokenizer.decode(alone, skip_special_tokens=True)
 
-    def test_end_where_generation_meets_a_stop_sequence(self, model):
-        tokenizer, network = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    def test_end_where_generation_meets_a_stop_sequence(self, model, tokenizer):
+        network = AutoModelForCausalLM.from_pretrained(model)
         [free] = generate(network, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=12)
         stop = free[3:5]
         [cut] = generate(network, tokenizer, PROMPTS[:1], batch_size=1, max_new_tokens=12, stop_sequences=[stop])
@@ -199,16 +189,8 @@ class TestTraining:
         assert b"| step | prompt | output | temperature | letters |" in tables[0].tensor_proto.string_val[0]
 
     def test_can_choose_its_best_checkpoint_by_a_metric(self, model, tmp_path):
-        trainer = train(
-            model,
-            tmp_path,
-            {"max_new_tokens": 6},
-            save_strategy="steps",
-            save_steps=1,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_letters",
-            greater_is_better=True,
-        )
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_letters", "greater_is_better": True}
+        trainer = train(model, tmp_path, {"max_new_tokens": 6}, save_strategy="steps", save_steps=1, **best)
         means = {log["step"]: log["eval_letters"] for log in trainer.state.log_history if "eval_letters" in log}
         assert trainer.state.best_metric == max(means.values())
         assert means[trainer.state.best_global_step] == max(means.values())

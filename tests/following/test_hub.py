@@ -4,6 +4,7 @@ import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,14 +13,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
 from tunebook.following import hub
-from tunebook.following.hub import (
-    Uploads,
-    check_hub_revision,
-    differing_files,
-    push_model,
-    stage_model,
-    step_revision,
-)
+from tunebook.following.hub import Uploads, check_hub_revision, differing_files, push_model, stage_model, step_revision
 
 REPO = "org/model"
 JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -45,12 +39,17 @@ def api(server):
 
 
 @pytest.fixture
-def start():
-    """Starts Uploads, and ends their threads with the test."""
-    started = []
-    yield lambda *args: started.append(Uploads(*args)) or started[-1]
-    for uploads in started:
-        uploads.close()
+def uploads(api, tmp_path):
+    uploads = Uploads(api, tmp_path / "run")
+    yield uploads
+    uploads.close()
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A staged model."""
+    stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
+    return tmp_path / "model"
 
 
 def write_checkpoint(folder: Path, seed: int = 0) -> Path:
@@ -85,21 +84,16 @@ def test_checkpoint_without_weights_is_refused_with_what_to_set(tmp_path):
 
 
 def test_file_system_without_links_gets_copies(tmp_path, monkeypatch):
-    def no_links(source, target):
-        raise OSError("Operation not permitted")
-
-    monkeypatch.setattr("os.link", no_links)
+    monkeypatch.setattr("os.link", Mock(side_effect=OSError("Operation not permitted")))
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1")
     stage_model(checkpoint, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == (checkpoint / "model.safetensors").read_bytes()
 
 
-def test_push_makes_a_private_repo_and_a_branch_with_only_its_own_files(tmp_path, server, api):
-    stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-    (tmp_path / "other.md").write_text("notes")
-    push_model(api, tmp_path / "model", REPO, "v1", "first", None)
-    api.upload_file(path_or_fileobj=tmp_path / "other.md", path_in_repo="other.md", repo_id=REPO)
-    commit = push_model(api, tmp_path / "model", REPO, step_revision("v1", 7), "seventh", None)
+def test_push_makes_a_private_repo_and_a_branch_with_only_its_own_files(model, server, api):
+    push_model(api, model, REPO, "v1", "first", None)
+    api.upload_file(path_or_fileobj=b"notes", path_in_repo="other.md", repo_id=REPO)
+    commit = push_model(api, model, REPO, step_revision("v1", 7), "seventh", None)
     repo = server.repos[REPO]
     assert repo.private
     assert repo.files("v1-step-000000007") == MODEL
@@ -108,15 +102,13 @@ def test_push_makes_a_private_repo_and_a_branch_with_only_its_own_files(tmp_path
 
 
 @pytest.mark.parametrize("private", [True, False])
-def test_hub_private_repo_is_honoured(tmp_path, server, api, private):
-    stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-    push_model(api, tmp_path / "model", REPO, "v1", "first", private)
+def test_hub_private_repo_is_honoured(model, server, api, private):
+    push_model(api, model, REPO, "v1", "first", private)
     assert server.repos[REPO].private is private
 
 
-def test_second_push_of_the_same_model_makes_no_commit_and_uploads_nothing(tmp_path, server, api):
-    stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-    commits = [push_model(api, tmp_path / "model", REPO, "v1", "first", None) for _ in range(2)]
+def test_second_push_of_the_same_model_makes_no_commit_and_uploads_nothing(model, server, api):
+    commits = [push_model(api, model, REPO, "v1", "first", None) for _ in range(2)]
     assert commits[0] == commits[1]
     assert sum(path.startswith("/lfs-objects/") for _, path in server.requests) == 1
 
@@ -127,31 +119,28 @@ def test_overwriting_removes_the_shards_of_the_earlier_model_and_keeps_what_is_n
     (checkpoint / "model.safetensors.index.json").write_text("{}")
     stage_model(checkpoint, tmp_path / "sharded")
     push_model(api, tmp_path / "sharded", REPO, "v1", "sharded", None)
-    (tmp_path / "notes").write_text("kept")
-    api.upload_file(path_or_fileobj=tmp_path / "notes", path_in_repo="notes", repo_id=REPO, revision="v1")
+    api.upload_file(path_or_fileobj=b"kept", path_in_repo="notes", repo_id=REPO, revision="v1")
     stage_model(write_checkpoint(tmp_path / "b"), tmp_path / "whole")
     push_model(api, tmp_path / "whole", REPO, "v1", "whole", None)
     assert server.repos[REPO].files("v1") == MODEL | {"notes"}
 
 
-def test_differing_files_sees_missing_stale_and_changed_files(tmp_path, server, api):
-    stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-    push_model(api, tmp_path / "model", REPO, "v1", "first", None)
-    assert differing_files(api, tmp_path / "model", REPO, "v1") == []
-    (tmp_path / "model" / "vocab.json").write_text("{}")  # not on the Hub
-    (tmp_path / "model" / "tokenizer.json").unlink()  # only on the Hub
-    (tmp_path / "model" / "config.json").write_text('{"seed": 9}')  # as long as before
-    save_file({"w": torch.ones(64, 64)}, tmp_path / "model" / "model.safetensors")  # as long as before
+def test_differing_files_sees_missing_stale_and_changed_files(model, api):
+    push_model(api, model, REPO, "v1", "first", None)
+    assert differing_files(api, model, REPO, "v1") == []
+    (model / "vocab.json").write_text("{}")  # not on the Hub
+    (model / "tokenizer.json").unlink()  # only on the Hub
+    (model / "config.json").write_text('{"seed": 9}')  # as long as before
+    save_file({"w": torch.ones(64, 64)}, model / "model.safetensors")  # as long as before
     wrong = ["config.json", "model.safetensors", "tokenizer.json", "vocab.json"]
-    assert differing_files(api, tmp_path / "model", REPO, "v1") == wrong
+    assert differing_files(api, model, REPO, "v1") == wrong
 
 
-def test_commit_that_lost_a_file_is_not_taken_for_a_push(tmp_path, server, api, monkeypatch):
+def test_commit_that_lost_a_file_is_not_taken_for_a_push(model, server, api, monkeypatch):
     commit = server.commit
     monkeypatch.setattr(server, "commit", lambda repo, branch, parent, lines: commit(repo, branch, parent, lines[:-1]))
-    stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
     with pytest.raises(RuntimeError, match="does not hold what was pushed to v1"):
-        push_model(api, tmp_path / "model", REPO, "v1", "first", None)
+        push_model(api, model, REPO, "v1", "first", None)
 
 
 @pytest.mark.parametrize(
@@ -166,9 +155,8 @@ def test_commit_that_lost_a_file_is_not_taken_for_a_push(tmp_path, server, api, 
     ],
     ids=["503-create", "503-preupload", "503-commit", "dropped-upload", "dropped-commit", "429-verify"],
 )
-def test_push_gets_through_a_hub_that_fails_for_a_while(tmp_path, server, api, start, inject):
+def test_push_gets_through_a_hub_that_fails_for_a_while(tmp_path, server, uploads, inject):
     inject(server)
-    uploads = start(api, tmp_path / "run")
     uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "v1", "first")
     uploads.wait(attempts=10)
     assert uploads.pushed == {"v1": server.repos[REPO].branches["v1"]}
@@ -177,17 +165,15 @@ def test_push_gets_through_a_hub_that_fails_for_a_while(tmp_path, server, api, s
     assert list((tmp_path / "run" / "hub_pending").iterdir()) == []
 
 
-def test_no_byte_that_could_hold_a_token_reaches_the_hub(tmp_path, server, api, start):
-    uploads = start(api, tmp_path / "run")
+def test_no_byte_that_could_hold_a_token_reaches_the_hub(tmp_path, server, uploads):
     uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "v1", "first")
     uploads.wait()
     assert any(b"seed" in content for content in server.contents())
     assert not any(b"hf_secret" in content for content in server.contents())
 
 
-def test_submit_does_not_wait_for_a_slow_hub(tmp_path, server, api, start):
+def test_submit_does_not_wait_for_a_slow_hub(tmp_path, server, uploads):
     server.delay("/preupload/", 0.4)
-    uploads = start(api, tmp_path / "run")
     start = time.monotonic()
     for step in range(3):
         checkpoint = write_checkpoint(tmp_path / f"checkpoint-{step}", seed=step)
@@ -199,34 +185,30 @@ def test_submit_does_not_wait_for_a_slow_hub(tmp_path, server, api, start):
     assert [server.repos[REPO].files(step_revision("v1", step)) for step in range(3)] == [MODEL] * 3
 
 
-def test_hub_that_accepts_a_request_and_never_answers_does_not_hold_the_run(tmp_path, server, api, start, monkeypatch):
+def test_hub_that_accepts_a_request_and_never_answers_does_not_hold_the_run(tmp_path, server, monkeypatch, request):
     server.delay("/preupload/", 60)
     monkeypatch.setattr(hub, "SILENCE", 0.2)
-    uploads = start(api, tmp_path / "run")
+    uploads = request.getfixturevalue("uploads")
     uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "v1", "first")
     uploads.wait(attempts=1)
     assert "v1: " in uploads.report() and "tunebook push" in uploads.report()
 
 
-def test_hub_that_is_down_leaves_everything_staged_and_says_how_to_push_it(tmp_path, server, api, start):
-    uploads = start(HfApi(endpoint="http://127.0.0.1:9", token="hf_write"), tmp_path / "run")
+def test_hub_that_is_down_leaves_everything_staged_and_says_how_to_push_it(tmp_path, server, api):
+    uploads = Uploads(HfApi(endpoint="http://127.0.0.1:9", token="hf_write"), tmp_path / "run")
     for step in range(6):
         uploads.submit(write_checkpoint(tmp_path / f"a{step}", seed=step), REPO, step_revision("v1", step), "step")
-    uploads.wait()
-    report = uploads.report()
+    report = uploads.finish()
     assert all(f"\n  v1-step-{step:09d}: " in report for step in range(6))
     assert f"tunebook push {tmp_path / 'run'}" in report
-
-    uploads.close()
     assert Uploads(api, tmp_path / "run").finish() is None
     weights = tmp_path / "a2" / "model.safetensors"
     blob = server.repos[REPO].resolve("v1-step-000000002").tree["model.safetensors"]
     assert server.lfs[blob.sha256] == weights.read_bytes()
 
 
-def test_refused_push_is_not_tried_again_and_does_not_stop_the_others(tmp_path, server, api, start):
+def test_refused_push_is_not_tried_again_and_does_not_stop_the_others(tmp_path, server, uploads):
     server.fail("/commit/bad", 403)
-    uploads = start(api, tmp_path / "run")
     uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "bad", "refused")
     uploads.submit(write_checkpoint(tmp_path / "b"), REPO, "good", "accepted")
     uploads.wait()
@@ -237,10 +219,9 @@ def test_refused_push_is_not_tried_again_and_does_not_stop_the_others(tmp_path, 
 
 @pytest.mark.parametrize(("status", "times"), [(503, 8), (403, 1)])
 def test_model_staged_later_for_a_revision_wins_over_an_earlier_one_that_failed(
-    tmp_path, server, api, start, status, times
+    tmp_path, server, uploads, status, times
 ):
     server.fail("/commit/v1", status, times)
-    uploads = start(api, tmp_path / "run")
     uploads.submit(write_checkpoint(tmp_path / "old", seed=1), REPO, "v1", "old")
     uploads.wait(attempts=1)
     new = write_checkpoint(tmp_path / "new", seed=2)
@@ -251,18 +232,16 @@ def test_model_staged_later_for_a_revision_wins_over_an_earlier_one_that_failed(
     assert list((tmp_path / "run" / "hub_pending").iterdir()) == []
 
 
-def test_staging_that_was_cut_off_is_not_pushed(tmp_path, server, api, start):
+def test_staging_that_was_cut_off_is_not_pushed(tmp_path, server, api):
     write_checkpoint(tmp_path / "run" / "hub_pending" / "1-v1" / "model")
-    uploads = start(api, tmp_path / "run")
-    uploads.wait()
+    assert Uploads(api, tmp_path / "run").finish() is None
     assert server.repos == {}
 
 
-def test_xet_is_used_where_the_hub_offers_it(tmp_path, monkeypatch):
+def test_xet_is_used_where_the_hub_offers_it(model, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
     with HubServer(xet_cas_url="memory://") as server:
-        stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-        push_model(HfApi(endpoint=server.url, token="hf_write"), tmp_path / "model", REPO, "v1", "first", None)
+        push_model(HfApi(endpoint=server.url, token="hf_write"), model, REPO, "v1", "first", None)
     assert any("/xet-write-token/" in path for _, path in server.requests)
     assert server.lfs == {} and server.repos[REPO].files("v1") == MODEL
 
@@ -274,33 +253,26 @@ def check(api: HfApi, revision: str = "v1", **changes) -> None:
 
 
 class TestCheck:
-    def test_free_revisions_pass(self, server, api, tmp_path):
+    def test_free_revisions_pass(self, api, model):
         check(api)  # no repository yet
-        stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-        push_model(api, tmp_path / "model", REPO, "v1", "first", None)
+        push_model(api, model, REPO, "v1", "first", None)
         api.create_branch(REPO, branch="empty")
         check(api, "v2", hub_push_to_main=True)
         check(api, "empty")
 
     @pytest.mark.parametrize("taken", ["v1", step_revision("v1", 5), "main"])
-    def test_revision_that_holds_a_model_is_refused_by_name_unless_overwritten(self, server, api, tmp_path, taken):
-        stage_model(write_checkpoint(tmp_path / "a"), tmp_path / "model")
-        push_model(api, tmp_path / "model", REPO, taken, "first", None)
+    def test_revision_that_holds_a_model_is_refused_by_name_unless_overwritten(self, api, model, taken):
+        push_model(api, model, REPO, taken, "first", None)
         with pytest.raises(ValueError, match=f"Revision {taken} of org/model already holds a model"):
             check(api, hub_push_to_main=True)
         check(api, hub_push_to_main=True, overwrite_hub_revision=True)
 
-    def test_no_token_is_refused(self, server):
-        with pytest.raises(ValueError, match="no Hub token"):
-            check(HfApi(endpoint=server.url))
-
-    def test_token_that_may_only_read_is_refused(self, server):
-        with pytest.raises(ValueError, match="may only read"):
-            check(HfApi(endpoint=server.url, token="hf_read"))
-
-    def test_unknown_token_is_refused(self, server):
-        with pytest.raises(ValueError, match="refused"):
-            check(HfApi(endpoint=server.url, token="hf_mistyped"))
+    @pytest.mark.parametrize(
+        ("token", "message"), [(None, "no Hub token"), ("hf_read", "may only read"), ("hf_mistyped", "refused")]
+    )
+    def test_token_that_is_missing_unknown_or_may_only_read_is_refused(self, server, token, message):
+        with pytest.raises(ValueError, match=message):
+            check(HfApi(endpoint=server.url, token=token))
 
     def test_public_repo_is_refused_when_private_was_asked_for(self, server, api):
         api.create_repo(REPO, private=False)

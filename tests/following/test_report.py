@@ -2,8 +2,8 @@
 
 import json
 import logging
+import re
 import shutil
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -33,21 +33,12 @@ SCRIPT = "<script>alert(1)</script>"
 def trainers(tiny, sft_rows, pair_rows, tmp_path_factory):
     """A run of each task, evaluated and saved every 2 steps of 4."""
     folder = tmp_path_factory.mktemp("runs")
-    trained = {}
     keys = {"max_steps": 4, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 2}
     keys |= {"test_split_size": 8, "eval_strategy": "steps", "eval_steps": 2}
-    for task, rows in (("sft", sft_rows), ("rm", pair_rows), ("dpo", pair_rows)):
-        extra = (
-            {}
-            if task != "sft"
-            else {
-                "eval_prompts": [SCRIPT, "what is 2 plus 2?"],
-                "eval_generation_kwargs": {"max_new_tokens": [3, 6], "do_sample": False},
-                "eval_on_start": True,
-            }
-        )
-        trained[task] = train(task, tiny, rows, folder / task, **keys, **extra)
-    return folder, trained
+    prompts = {"eval_prompts": [SCRIPT, "what is 2 plus 2?"], "eval_on_start": True}
+    prompts["eval_generation_kwargs"] = {"max_new_tokens": [3, 6], "do_sample": False}
+    trained = {task: train(task, tiny, pair_rows, folder / task, **keys) for task in ("rm", "dpo")}
+    return folder, trained | {"sft": train("sft", tiny, sft_rows, folder / "sft", **keys, **prompts)}
 
 
 @pytest.fixture
@@ -69,15 +60,9 @@ def edit(path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-class Links(HTMLParser):
-    def __init__(self, text: str):
-        super().__init__()
-        self.tags, self.addresses = set(), []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.add(tag)
-        self.addresses += [value for name, value in attrs if name in ("src", "srcset", "href")]
+def rewritten_page(run) -> str:
+    write_report([run], run / "report.html")
+    return (run / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -114,9 +99,10 @@ def test_a_run_ends_with_a_page_and_pictures_that_open(trainers, task):
 
 def test_the_page_stands_alone(trainers):
     for task in ("sft", "rm", "dpo"):
-        links = Links((trainers[0] / task / "report.html").read_text())
-        assert links.addresses and all(address.startswith("data:image/png;base64,") for address in links.addresses)
-        assert not links.tags & {"script", "link", "iframe"}
+        page = (trainers[0] / task / "report.html").read_text()
+        addresses = re.findall(r'(?i)\b(?:src|srcset|href)="?([^"\s>]+)', page)
+        assert addresses and all(address.startswith("data:image/png;base64,") for address in addresses)
+        assert not re.search("(?i)<(script|link|iframe)", page)
 
 
 def test_what_a_recipe_and_a_model_say_is_text(trainers):
@@ -171,8 +157,7 @@ def test_a_run_without_any_log_is_told(run):
     for checkpoint in run.glob("checkpoint-*"):
         shutil.rmtree(checkpoint)
     (run / "trainer_state.json").unlink()
-    write_report([run], run / "report.html")
-    assert "nothing was logged" in (run / "report.html").read_text()
+    assert "nothing was logged" in rewritten_page(run)
 
 
 def test_values_that_are_not_finite_are_told(run):
@@ -180,8 +165,7 @@ def test_values_that_are_not_finite_are_told(run):
     for entry in history:
         entry |= {"loss": float("nan")} if "loss" in entry and entry["step"] > 1 else {}
     edit(run / "trainer_state.json", log_history=history, global_step=5)
-    write_report([run], run / "report.html")
-    assert "3 of 4 values of loss are not finite" in (run / "report.html").read_text()
+    assert "3 of 4 values of loss are not finite" in rewritten_page(run)
 
 
 def test_runs_are_compared_on_the_same_axes_with_the_keys_that_differ(run, tmp_path):

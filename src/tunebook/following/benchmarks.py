@@ -58,24 +58,6 @@ def benchmark_tasks(benchmark: Path) -> list[str]:
     return tasks.split(",") if isinstance(tasks, str) else tasks
 
 
-def is_benchmark_metric(metric_for_best_model: str | None, benchmarks: Sequence[Path]) -> bool:
-    """Return whether the best model is chosen by a benchmark's score, so that evaluations must wait for benchmarks.
-
-    Raises:
-        ValueError: these benchmarks have no such score.
-    """
-    if not is_benchmark(metric_for_best_model):
-        return False
-    metric = metric_for_best_model.removeprefix("eval_")
-    tasks = [task for benchmark in benchmarks for task in benchmark_tasks(benchmark)]
-    if not any(metric.startswith(f"bench_{task}_") for task in tasks):
-        raise ValueError(
-            f"`metric_for_best_model` is {metric_for_best_model}, but the benchmarks have the tasks "
-            f"{', '.join(tasks) or '(none)'}. Set it to eval_bench_<task>_<metric>."
-        )
-    return True
-
-
 def lm_eval_command(benchmark: Path, model: str, output_path: Path, revision: str | None = None) -> list[str]:
     """Return the command that runs a benchmark on a folder or a Hub model; its working directory is the benchmark's.
 
@@ -130,17 +112,23 @@ class BenchmarkJobs:
     """Runs benchmarks in threads: locally one per device at a time, else as many Slurm jobs.
 
     Args:
-        output_dir: folder of the run. Results and logs go to `benchmarks/<step>/<benchmark>/`, rows to
-            `benchmarks.jsonl`.
+        output_dir: gets results and logs in `benchmarks/<step>/<benchmark>/`, and rows in `benchmarks.jsonl`.
+        benchmarks: their run configs, from [`find_benchmark`].
         launcher: "local" or "slurm".
         devices: CUDA_VISIBLE_DEVICES of each job that may run at a time. Default: one job, on all devices.
         timeout: seconds that one benchmark may run, without the time that a Slurm job waits in its queue.
     """
 
-    def __init__(self, output_dir: Path, launcher: str = "local", devices: Sequence[str] = (), timeout: float = 7200):
-        self.folder = Path(output_dir).resolve() / "benchmarks"
-        self.rows_file = Path(output_dir) / ROWS_FILE
-        self.launcher, self.timeout = launcher, timeout
+    def __init__(
+        self,
+        output_dir: Path,
+        benchmarks: Sequence[Path],
+        launcher: str = "local",
+        devices: Sequence[str] = (),
+        timeout: float = 7200,
+    ):
+        self.folder, self.rows_file = Path(output_dir).resolve() / "benchmarks", Path(output_dir) / ROWS_FILE
+        self.benchmarks, self.launcher, self.timeout = benchmarks, launcher, timeout
         self.free_devices: SimpleQueue[str | None] = SimpleQueue()
         for device in [None] * SLURM_JOBS if launcher == "slurm" else devices or [None]:
             self.free_devices.put(device)
@@ -158,14 +146,15 @@ class BenchmarkJobs:
         """Return the rows of a step that this process or an earlier one of the run completed."""
         return [row for row in read_scored_rows(self.rows_file) if row.step == step and row.status == "completed"]
 
-    def submit(self, benchmark: Path, model: str, step: int | None = None, revision: str | None = None) -> None:
-        """Queue a benchmark of a model, unless `benchmarks.jsonl` has its scores at this step."""
-        if step is not None and any(row.benchmark == benchmark.stem for row in self.finished(step)):
-            return
+    def submit(self, model: str, step: int | None = None, revision: str | None = None) -> None:
+        """Queue the benchmarks of a model, a folder or a Hub id, but those that have their scores at this step."""
         if revision is None and Path(model).exists():
             model = str(Path(model).resolve())  # a job has a working directory of its own
-        row = BenchmarkRow(step, benchmark.stem, model, revision)
-        self.unfinished.append((row, self.pool.apply_async(self._run, (benchmark, row))))
+        finished = set() if step is None else {row.benchmark for row in self.finished(step)}
+        for benchmark in self.benchmarks:
+            if benchmark.stem not in finished:
+                row = BenchmarkRow(step, benchmark.stem, model, revision)
+                self.unfinished.append((row, self.pool.apply_async(self._run, (benchmark, row))))
 
     def poll(self) -> list[BenchmarkRow]:
         """Return the rows of what has ended since the last call, written to the file."""
@@ -185,6 +174,11 @@ class BenchmarkJobs:
         for _, result in self.unfinished:
             result.wait()
         return self.poll()
+
+    def run(self, model: str, revision: str | None = None) -> list[BenchmarkRow]:
+        """Run the benchmarks of any model, a folder or a Hub id, to their end; return the rows, whose step is None."""
+        self.submit(model, revision=revision)
+        return self.wait()
 
     def _run(self, benchmark: Path, row: BenchmarkRow) -> None:
         folder, device, timeout = self.step_folder(row.step) / row.benchmark, self.free_devices.get(), self.timeout
@@ -212,21 +206,6 @@ class BenchmarkJobs:
             row.error = "\n".join([row.error, *log.read_text(errors="replace").splitlines()[-LOG_TAIL:]])
 
 
-def run_benchmarks(
-    model: str,
-    benchmarks: Sequence[Path],
-    output_dir: Path,
-    revision: str | None = None,
-    devices: Sequence[str] = (),
-    timeout: float = 7200,
-) -> list[BenchmarkRow]:
-    """Run benchmarks on any model, a folder or a Hub id, to their end; return their rows, whose step is None."""
-    jobs = BenchmarkJobs(output_dir, devices=devices, timeout=timeout)
-    for benchmark in benchmarks:
-        jobs.submit(benchmark, model, revision=revision)
-    return jobs.wait()
-
-
 class BenchmarkCallback(TrainerCallback):
     """Runs benchmarks on each checkpoint; their scores go to the trackers at the checkpoint's step.
 
@@ -242,13 +221,12 @@ class BenchmarkCallback(TrainerCallback):
         args, self.trainer = trainer.args, trainer
         is_slurm = args.benchmark_launcher == "slurm"
         self.push = push if is_slurm else None
-        self.benchmarks = [find_benchmark(name) for name in args.benchmarks]
         self.schedule = args.benchmark_schedule or ("beside" if is_slurm or args.benchmark_devices else "after")
-        if args.benchmark_schedule is None and is_benchmark_metric(args.metric_for_best_model, self.benchmarks):
+        if args.benchmark_schedule is None and is_benchmark(args.metric_for_best_model):
             self.schedule = "evaluation"
-        self.jobs = BenchmarkJobs(
-            Path(args.output_dir), args.benchmark_launcher, args.benchmark_devices, args.benchmark_timeout
-        )
+        benchmarks = [find_benchmark(name) for name in args.benchmarks]
+        how = (args.benchmark_launcher, args.benchmark_devices, args.benchmark_timeout)
+        self.jobs = BenchmarkJobs(Path(args.output_dir), benchmarks, *how)
         self.evaluated_step: int | None = None
         # Steps whose jobs wait for the end of training or for their push; first what an earlier process left
         self.held = self._staged_steps() if trainer.is_world_process_zero() else set()
@@ -257,12 +235,14 @@ class BenchmarkCallback(TrainerCallback):
 
     @staticmethod
     def validate(args: CausalLMConfig) -> None:
-        """Refuse benchmarks that do not exist, a best model by a score that they do not have, and Slurm without sbatch.
-
-        Raises:
-            ValueError: naming the key and what to set.
-        """
-        is_benchmark_metric(args.metric_for_best_model, [find_benchmark(name) for name in args.benchmarks])
+        """Raise a ValueError for an unknown benchmark, a best model by a score that none has, Slurm without sbatch."""
+        tasks = [task for name in args.benchmarks for task in benchmark_tasks(find_benchmark(name))]
+        best, prefixes = args.metric_for_best_model, tuple(f"bench_{task}_" for task in tasks)
+        if is_benchmark(best) and not best.removeprefix("eval_").startswith(prefixes):
+            raise ValueError(
+                f"`metric_for_best_model` is {best}, but the benchmarks have the tasks {', '.join(tasks) or '(none)'}. "
+                "Set it to eval_bench_<task>_<metric>."
+            )
         if args.benchmarks and args.benchmark_launcher == "slurm" and shutil.which("sbatch") is None:
             raise ValueError("`benchmark_launcher: slurm`: there is no sbatch on this machine. Set it to local.")
 
@@ -295,9 +275,8 @@ class BenchmarkCallback(TrainerCallback):
         if self.schedule == "evaluation" or not state.is_world_process_zero:
             return
         step = state.global_step
-        checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
         shutil.rmtree(self._staged(step), ignore_errors=True)
-        stage_model(checkpoint, self._staged(step))
+        stage_model(Path(args.output_dir) / f"checkpoint-{step}", self._staged(step))
         self.held.add(step)
         if self.schedule == "beside":
             self._submit_held()
@@ -314,8 +293,7 @@ class BenchmarkCallback(TrainerCallback):
             self.push.uploads.wait()
         self._submit_held(is_last=True)
         if step not in self.jobs.unfinished_steps:
-            for benchmark in self.benchmarks:
-                self.jobs.submit(benchmark, str(model_folder), step)
+            self.jobs.submit(str(model_folder), step)
         while self.jobs.unfinished:
             self._poll()
             time.sleep(0.5)
@@ -334,9 +312,7 @@ class BenchmarkCallback(TrainerCallback):
             shutil.rmtree(self._staged(step))
 
     def _submit(self, step: int, revision: str | None = None) -> None:
-        model = self.trainer.args.hub_model_id if revision else str(self._staged(step))
-        for benchmark in self.benchmarks:
-            self.jobs.submit(benchmark, model, step, revision)
+        self.jobs.submit(self.trainer.args.hub_model_id if revision else str(self._staged(step)), step, revision)
 
     def _submit_held(self, is_last: bool = False) -> None:
         for step in sorted(self.held):

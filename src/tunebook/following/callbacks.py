@@ -48,15 +48,12 @@ def validate_callbacks(args: RunConfig, resumes: bool) -> None:
 def build_callbacks(trainer: Trainer, script: ScriptArguments, prompts: Sequence[Prompt] = ()) -> list[TrainerCallback]:
     """Build the callbacks that a recipe asks for, in the order in which they are to be added.
 
-    They are built on every process, except the push to the Hub, which the main process alone has.
-
-    Args:
-        prompts: what `eval_prompts` names, loaded.
+    They are built on every process, except the push to the Hub, which the main process alone has. `prompts` are those
+    that `eval_prompts` names.
     """
     args, callbacks = trainer.args, []
-    push = None
-    if args.push_to_hub_revision and trainer.is_world_process_zero():
-        push = PushToHubRevisionCallback(args)
+    is_pushing = args.push_to_hub_revision and trainer.is_world_process_zero()
+    push = PushToHubRevisionCallback(args) if is_pushing else None
     if isinstance(args, CausalLMConfig) and args.benchmarks:
         callbacks.append(BenchmarkCallback(trainer, push))
     if push:
@@ -64,7 +61,7 @@ def build_callbacks(trainer: Trainer, script: ScriptArguments, prompts: Sequence
     if prompts:
         callbacks.append(GenerationCallback(trainer, script, prompts))
     if isinstance(args, RewardConfig) and args.pair_benchmarks:
-        callbacks.append(PairAccuracyCallback.from_args(trainer, script))
+        callbacks.append(PairAccuracyCallback(trainer, script))
     return callbacks + load_callbacks(args.callbacks)
 
 

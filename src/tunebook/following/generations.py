@@ -20,14 +20,7 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from transformers import (
-    GenerationConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainerCallback,
-    set_seed,
-)
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl.models.utils import unwrap_model_for_generation
 
 from ..data.rendering import RenderSettings
@@ -89,8 +82,8 @@ def import_object(key: str, name: str) -> Callable:
     return found
 
 
-def sweep(generation_kwargs: Mapping[str, Any]) -> tuple[str | None, list[dict[str, Any]]]:
-    """Return the key whose value is a list, if any, and the arguments of `generate` for each of its values.
+def sweep(generation_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return `{key: value}` for each value of the key that has a list of them; `[{}]` where none has.
 
     Raises:
         ValueError: more than one value is a list.
@@ -98,9 +91,7 @@ def sweep(generation_kwargs: Mapping[str, Any]) -> tuple[str | None, list[dict[s
     keys = [key for key, value in generation_kwargs.items() if isinstance(value, list)]
     if len(keys) > 1:
         raise ValueError(f"`eval_generation_kwargs`: only one key may have a list of values, not {', '.join(keys)}.")
-    if not keys:
-        return None, [dict(generation_kwargs)]
-    return keys[0], [{**generation_kwargs, keys[0]: value} for value in generation_kwargs[keys[0]]]
+    return [{keys[0]: value} for value in generation_kwargs[keys[0]]] if keys else [{}]
 
 
 def render_prompts(prompts: Sequence[Prompt], settings: RenderSettings) -> list[str]:
@@ -127,15 +118,9 @@ def render_prompts(prompts: Sequence[Prompt], settings: RenderSettings) -> list[
 
 def render_settings(trainer: Trainer, script: ScriptArguments) -> RenderSettings:
     """Return how the recipe renders prompts and completions."""
-    return RenderSettings(
-        "sft",
-        trainer.processing_class,
-        None,
-        {"prompt": "prompt", "completion": "completion"},
-        prompt_template=script.prompt_template,
-        system_prompt=script.system_prompt,
-        apply_chat_template=script.apply_chat_template,
-    )
+    columns = {"prompt": "prompt", "completion": "completion"}
+    given = {key: vars(script)[key] for key in ("prompt_template", "system_prompt", "apply_chat_template")}
+    return RenderSettings("sft", trainer.processing_class, None, columns, **given)
 
 
 def trim(output: str, stop_sequences: Sequence[str]) -> str:
@@ -157,15 +142,10 @@ def generate(
     """Return the model's continuation of each text, without special tokens, trimmed at the stop sequences."""
     if stop_sequences:  # they end generate(), which leaves them, and may leave more, in the output
         generation_kwargs |= {"stop_strings": list(stop_sequences), "tokenizer": tokenizer}
+    padded = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": add_special_tokens}
     outputs = []
     for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            list(texts[start : start + batch_size]),
-            return_tensors="pt",
-            padding=True,
-            padding_side="left",
-            add_special_tokens=add_special_tokens,
-        ).to(model.device)
+        batch = tokenizer(list(texts[start : start + batch_size]), **padded).to(model.device)
         tokens = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, use_cache=True, **generation_kwargs)
         outputs += tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return [trim(output, stop_sequences) for output in outputs]
@@ -195,24 +175,6 @@ def preserved_random_state(seed: int) -> Iterator[None]:
             np.random.set_state(numpy_state)
 
 
-def score_outputs(
-    metrics: Sequence[Metric], texts: list[str], prompts: list[str], outputs: list[str]
-) -> dict[str, list[float]]:
-    """Return the values of all metrics, by name.
-
-    Raises:
-        ValueError: a metric did not give one value for each output.
-    """
-    samples = [text + output for text, output in zip(texts, outputs, strict=True)]
-    values: dict[str, list[float]] = {}
-    for metric in metrics:
-        for name, column in metric(samples, prompts, outputs).items():
-            if len(column) != len(outputs):
-                raise ValueError(f"`eval_metrics`: {name} has {len(column)} values for {len(outputs)} outputs.")
-            values[name] = [float(value) for value in column]
-    return values
-
-
 class GenerationCallback(TrainerCallback):
     """Generates from a few prompts at every evaluation, once per step and split across ranks, and scores the outputs.
 
@@ -225,17 +187,13 @@ class GenerationCallback(TrainerCallback):
         self.texts = render_prompts(prompts, render_settings(trainer, script))
         self.prompts = [p if isinstance(p, str) else text for p, text in zip(prompts, self.texts, strict=True)]
         self.has_special_tokens = bool(script.apply_chat_template) or not isinstance(prompts[0], str)
-        self.metrics = [import_object("eval_metrics", name) for name in args.eval_metrics]
-        self.sweep_key, self.settings = sweep(args.eval_generation_kwargs or {})
+        self.metrics: list[Metric] = [import_object("eval_metrics", name) for name in args.eval_metrics]
+        self.generation_kwargs = args.eval_generation_kwargs or {}
         self.step: int | None = None
 
     @staticmethod
     def validate(args: CausalLMConfig) -> None:
-        """Refuse metrics that cannot be imported, and keyword arguments that `generate` does not have.
-
-        Raises:
-            ValueError: naming the key.
-        """
+        """Raise a ValueError for a metric that cannot be imported, and an argument that `generate` does not have."""
         generation_kwargs = args.eval_generation_kwargs or {}
         sweep(generation_kwargs)
         if unknown := set(generation_kwargs) - set(GenerationConfig().to_dict()):
@@ -247,16 +205,12 @@ class GenerationCallback(TrainerCallback):
         if state.global_step == self.step:  # of several evaluation sets, the first
             return
         self.step = state.global_step
-        means: dict[str, float] = {}
-        rows: list[dict] = []
+        means, rows = {}, []
         with preserved_random_state(args.seed):
-            for setting in self.settings:
-                outputs = map_over_ranks(self.trainer.accelerator, partial(self._generate, setting), self.texts)
-                values = None
-                if state.is_world_process_zero:  # a metric may draw or ask a judge: all ranks must see one value
-                    values = score_outputs(self.metrics, self.texts, self.prompts, outputs)
-                [values] = broadcast_object_list([values])
-                swept = {self.sweep_key: setting[self.sweep_key]} if self.sweep_key else {}
+            for swept in sweep(self.generation_kwargs):
+                outputs = map_over_ranks(self.trainer.accelerator, partial(self._generate, swept), self.texts)
+                # A metric may draw or ask a judge: all ranks must see one value
+                [values] = broadcast_object_list([self._score(outputs) if state.is_world_process_zero else None])
                 suffix = "".join(f"_{key}_{value}" for key, value in swept.items())
                 means |= {f"eval_{name}{suffix}": sum(column) / len(column) for name, column in values.items()}
                 columns = {"step": state.global_step, "prompt": self.prompts, "output": outputs, **swept, **values}
@@ -268,18 +222,20 @@ class GenerationCallback(TrainerCallback):
             if means:
                 log_at_step(self.trainer, means, state.global_step)
 
-    def _generate(self, generation_kwargs: dict[str, Any], texts: list[str]) -> list[str]:
-        trainer = self.trainer
-        checkpointing = trainer.args.activation_checkpointing_kwargs
-        with unwrap_model_for_generation(
-            trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
-        ) as model:
-            return generate(
-                model,
-                trainer.processing_class,
-                texts,
-                batch_size=trainer.args.per_device_eval_batch_size,
-                add_special_tokens=not self.has_special_tokens,
-                stop_sequences=trainer.args.stop_sequences,
-                **generation_kwargs,
-            )
+    def _score(self, outputs: list[str]) -> dict[str, list[float]]:
+        samples = [text + output for text, output in zip(self.texts, outputs, strict=True)]
+        values = {}
+        for metric in self.metrics:
+            for name, column in metric(samples, self.prompts, outputs).items():
+                if len(column) != len(outputs):
+                    raise ValueError(f"`eval_metrics`: {name} has {len(column)} values for {len(outputs)} outputs.")
+                values[name] = [float(value) for value in column]
+        return values
+
+    def _generate(self, swept: dict[str, Any], texts: list[str]) -> list[str]:
+        trainer, args = self.trainer, self.trainer.args
+        options = {"batch_size": args.per_device_eval_batch_size, "stop_sequences": args.stop_sequences}
+        options |= {"add_special_tokens": not self.has_special_tokens, **self.generation_kwargs, **swept}
+        checkpointing = {"gradient_checkpointing_kwargs": args.activation_checkpointing_kwargs}
+        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **checkpointing) as model:
+            return generate(model, trainer.processing_class, texts, **options)

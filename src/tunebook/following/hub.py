@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 # The files that may be pushed. A list of those that may not could not be complete: checkpoints also hold optimizer
 # states, training_args.bin (with hub_token), the recipe, and whatever a callback writes.
-MODEL_FILES = (
+MODEL_FILES = [
     *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
     *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "README.md"),
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
     *("*.jinja", "additional_chat_templates/*.jinja", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
-)
+]
 PENDING = "hub_pending"
 MAX_DELAY = 60  # seconds between two attempts
 SILENCE = 300  # seconds without a byte, after which a request has failed
@@ -41,6 +41,11 @@ SILENCE = 300  # seconds without a byte, after which a request has failed
 def step_revision(revision: str, step: int) -> str:
     """Return the branch of a checkpoint; zero-padded, so that branches sort by step."""
     return f"{revision}-step-{step:09d}"
+
+
+def final_revisions(args: RunConfig) -> set[str]:
+    """Return the branches that the final model is pushed to."""
+    return {args.hub_revision, "main"} if args.hub_push_to_main else {args.hub_revision}
 
 
 def check_hub_revision(api: HfApi, args: RunConfig) -> None:
@@ -62,14 +67,10 @@ def check_hub_revision(api: HfApi, args: RunConfig) -> None:
             raise ValueError(
                 f"{repo_id} is public, but `hub_private_repo` is true. Make it private, or change `hub_model_id`."
             )
-        branches = (
-            [] if args.overwrite_hub_revision else [branch.name for branch in api.list_repo_refs(repo_id).branches]
-        )
-        for name in sorted(branches):
-            ours = (
-                name == revision or name.startswith(f"{revision}-step-") or (args.hub_push_to_main and name == "main")
-            )
-            if ours and {"config.json", "adapter_config.json"} & set(api.list_repo_files(repo_id, revision=name)):
+        branches = [] if args.overwrite_hub_revision else api.list_repo_refs(repo_id).branches
+        for name in sorted(branch.name for branch in branches):
+            is_ours = name in final_revisions(args) or name.startswith(f"{revision}-step-")
+            if is_ours and {"config.json", "adapter_config.json"} & set(api.list_repo_files(repo_id, revision=name)):
                 raise ValueError(
                     f"Revision {name} of {repo_id} already holds a model. Choose another `hub_revision`, or set "
                     "`overwrite_hub_revision: true`."
@@ -83,10 +84,8 @@ def check_hub_revision(api: HfApi, args: RunConfig) -> None:
             raise ValueError(f"The Hub refused a request about {repo_id}: {error}") from error
         if args.hub_push_failure == "raise":
             raise ConnectionError(f"The Hub cannot be reached: {error}") from error
-        logger.warning(
-            "The Hub cannot be reached (%s), so whether %s of %s is free is unknown. Checkpoints will wait on disk.",
-            *(error, revision, repo_id),
-        )
+        text = "The Hub cannot be reached (%s), so whether %s of %s is free is unknown. Checkpoints will wait on disk."
+        logger.warning(text, error, revision, repo_id)
 
 
 def is_refusal(error: Exception) -> bool:
@@ -137,11 +136,7 @@ def push_model(api: HfApi, folder: Path, repo_id: str, revision: str, message: s
     first_commit = api.list_repo_commits(repo_id)[-1].commit_id
     api.create_branch(repo_id, branch=revision, revision=first_commit, exist_ok=True)
     commit = api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        revision=revision,
-        commit_message=message,
-        delete_patterns=list(MODEL_FILES),
+        repo_id=repo_id, folder_path=folder, revision=revision, commit_message=message, delete_patterns=MODEL_FILES
     ).oid
     if wrong := differing_files(api, folder, repo_id, commit):
         raise RuntimeError(f"The Hub does not hold what was pushed to {revision} of {repo_id}: {', '.join(wrong)}.")
@@ -151,7 +146,7 @@ def push_model(api: HfApi, folder: Path, repo_id: str, revision: str, message: s
 def differing_files(api: HfApi, folder: Path, repo_id: str, revision: str) -> list[str]:
     """Return the model files that only one side has, or whose content hash on the Hub differs from the folder's."""
     found = api.verify_repo_checksums(repo_id, revision=revision, local_dir=folder)
-    stale = filter_repo_objects(found.missing_paths, allow_patterns=list(MODEL_FILES))
+    stale = filter_repo_objects(found.missing_paths, allow_patterns=MODEL_FILES)
     return sorted([*found.extra_paths, *stale, *(file["path"] for file in found.mismatches)])
 
 
@@ -299,12 +294,7 @@ class PushToHubRevisionCallback(TrainerCallback):
 
     @staticmethod
     def validate(args: RunConfig, resumes: bool) -> None:
-        """Refuse a Hub revision that may not be written, and a new run that would bury what an earlier one left.
-
-        Raises:
-            ValueError: see [`check_hub_revision`].
-            ConnectionError: see [`check_hub_revision`].
-        """
+        """Raise what [`check_hub_revision`] raises, and a ValueError where a run would bury an earlier one's models."""
         if not args.push_to_hub_revision or resumes or not PartialState().is_main_process:
             return
         pending = Path(args.output_dir) / PENDING
@@ -324,15 +314,11 @@ class PushToHubRevisionCallback(TrainerCallback):
 
     def submit_final(self, model_folder: Path) -> None:
         """Queue the final model for its revisions."""
-        for revision in {self.args.hub_revision, "main"} if self.args.hub_push_to_main else {self.args.hub_revision}:
+        for revision in final_revisions(self.args):
             self._submit(model_folder, revision, "Final model")
 
     def finish(self) -> None:
-        """Wait for the Hub, and log what it does not have.
-
-        Raises:
-            RuntimeError: something was not pushed, with `hub_push_failure: raise`.
-        """
+        """Wait for the Hub, and log what it does not have; with `hub_push_failure: raise` raise a RuntimeError."""
         if report := self.uploads.finish():
             if self.args.hub_push_failure == "raise":
                 raise RuntimeError(report)

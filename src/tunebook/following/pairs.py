@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import pandas as pd
 import torch
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from trl.trainer.utils import pad
@@ -33,12 +34,9 @@ def pair_accuracy(pairs: Sequence[dict], score: Score) -> dict[str, float]:
         `{"accuracy": ..., "accuracy_<subset>": ...}`, each a mean over pairs.
     """
     rewards = score([(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs])
-    groups: dict[str, list[bool]] = {}
-    for pair, chosen, rejected in zip(pairs, rewards[: len(pairs)], rewards[len(pairs) :], strict=True):
-        groups.setdefault("accuracy", []).append(chosen > rejected)
-        if "subset" in pair:
-            groups.setdefault(f"accuracy_{pair['subset']}", []).append(chosen > rejected)
-    return {name: sum(group) / len(group) for name, group in groups.items()}
+    wins = pd.Series(rewards[: len(pairs)]) > pd.Series(rewards[len(pairs) :])
+    names = pd.Series([f"accuracy_{pair['subset']}" if "subset" in pair else None for pair in pairs], dtype=object)
+    return {"accuracy": float(wins.mean())} | wins.groupby(names, sort=False).mean().to_dict()
 
 
 def read_pairs(paths: Sequence[str]) -> dict[str, list[dict]]:
@@ -57,31 +55,20 @@ def read_pairs(paths: Sequence[str]) -> dict[str, list[dict]]:
 class PairAccuracyCallback(TrainerCallback):
     """Measures a reward model at every evaluation: accuracy by subset on files of preference pairs.
 
-    Args:
-        benchmarks: name -> rows with `prompt`, `chosen`, `rejected` and maybe `subset`.
-        score: uses the model that is trained; called on every rank.
+    Pairs are rendered like the training rows, and split across ranks.
     """
 
-    def __init__(self, trainer: Trainer, benchmarks: dict[str, list[dict]], score: Score):
-        self.trainer, self.benchmarks, self.score = trainer, benchmarks, score
+    def __init__(self, trainer: Trainer, script: ScriptArguments):
+        self.trainer, self.benchmarks = trainer, read_pairs(trainer.args.pair_benchmarks)
+        self.score = partial(score_completions, trainer, Renderer(render_settings(trainer, script)))
+        if trainer.args.context_parallel_size == 1:  # ranks that share a packed row need the same items
+            self.score = partial(map_over_ranks, trainer.accelerator, self.score)
         self.step: int | None = None
 
     @staticmethod
     def validate(args: RewardConfig) -> None:
-        """Read the files of pairs.
-
-        Raises:
-            RecipeError: one cannot be read or has no such pairs.
-        """
+        """Raise a RecipeError for a file that cannot be read or has no pairs."""
         read_pairs(args.pair_benchmarks)
-
-    @classmethod
-    def from_args(cls, trainer: Trainer, script: ScriptArguments) -> "PairAccuracyCallback":
-        """Score pairs rendered like the training rows, split across ranks."""
-        score = partial(score_completions, trainer, Renderer(render_settings(trainer, script)))
-        if trainer.args.context_parallel_size == 1:  # ranks that share a packed row need the same items
-            score = partial(map_over_ranks, trainer.accelerator, score)
-        return cls(trainer, read_pairs(trainer.args.pair_benchmarks), score)
 
     def on_evaluate(self, args, state, control, metrics, **kwargs):
         if state.global_step == self.step:  # of several evaluation sets, the first

@@ -169,23 +169,15 @@ def plot(figure: Figure, values: pd.Series, color: int, label: str, marker: str 
         figure.axes[0].errorbar(values.index, values, color=f"C{color}", label=label, marker=marker, **style)
 
 
-def draw_png(figure: Figure) -> bytes:
-    file = BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
-
-
 def list_facts(run: RunFolder) -> dict[str, str]:
     record, state = run.record, run.state
-    speeds, seconds = run.series("tokens_per_second"), run.series("train_runtime")
+    speeds, seconds = run.series("tokens_per_second"), [*run.series("train_runtime")]
     return {
         "Task": record["task"],
         "Model": record["model"],
         "Steps": f"{state['global_step']} of {state['max_steps']}" if state["max_steps"] else "none saved",
         "Epochs": f"{state['epoch'] or 0:.4g}",
-        "Time since the last start": str(timedelta(seconds=round(seconds.iloc[-1])))
-        if len(seconds)
-        else "not finished",
+        "Time since the last start": str(timedelta(seconds=round(seconds[-1]))) if seconds else "not finished",
         "Speed, median": f"{speeds.median():,.0f} tokens/s" if len(speeds) else "",
         "Resumed from": ", ".join(record["resumed_from"]) or "never",
     }
@@ -257,7 +249,8 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
         with matplotlib.style.context(theme):
             figures = draw_figures(runs)
             for file, figure in figures.items():
-                drawn.setdefault(file, []).append(draw_png(figure))
+                figure.savefig(png := BytesIO(), format="png")
+                drawn.setdefault(file, []).append(png.getvalue())
     for file, (light, _) in drawn.items():
         (pictures / f"{file}.png").write_bytes(light)
     recipes = compare(names, [run.record["recipe"] for run in runs], missing="default")

@@ -4,7 +4,6 @@ import copy
 import importlib
 import logging
 import os
-from collections.abc import Sequence
 from functools import cache
 
 import pandas as pd
@@ -12,6 +11,7 @@ from transformers import Trainer, TrainerControl
 from transformers.integrations import TensorBoardCallback
 
 from ..files import markdown_table
+from ..recipe.configs import RunConfig
 
 logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)
@@ -19,20 +19,18 @@ warn_once = cache(logger.warning)
 COUNTERS = ("runtime", "samples_per_second", "steps_per_second", "num_tokens", "epoch")  # what an evaluation also logs
 
 
-def set_wandb_environment(
-    report_to: Sequence[str], entity: str | None = None, project: str | None = None, run_group: str | None = None
-) -> None:
+def set_wandb_environment(args: RunConfig) -> None:
     """Hand a recipe's settings to wandb, which transformers configures by environment variables only.
 
     Raises:
         ValueError: one is given, and wandb is not among the trackers.
     """
-    settings = {"WANDB_ENTITY": entity, "WANDB_PROJECT": project, "WANDB_RUN_GROUP": run_group}
-    settings = {name: value for name, value in settings.items() if value}
-    if settings and "wandb" not in report_to:
-        keys = ", ".join(f"`{name.lower()}`" for name in settings)
-        raise ValueError(f"{keys} would have no effect: `report_to` is {list(report_to)}. Add wandb to it.")
-    os.environ |= settings
+    keys = ("wandb_entity", "wandb_project", "wandb_run_group")
+    settings = {key: vars(args)[key] for key in keys if vars(args)[key]}
+    if settings and "wandb" not in args.report_to:
+        given = ", ".join(f"`{key}`" for key in settings)
+        raise ValueError(f"{given} would have no effect: `report_to` is {args.report_to}. Add wandb to it.")
+    os.environ |= {key.upper(): value for key, value in settings.items()}
 
 
 def log_at_step(trainer: Trainer, logs: dict[str, float], step: int) -> None:

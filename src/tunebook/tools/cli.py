@@ -20,9 +20,11 @@ Task = Annotated[str | None, typer.Option(help="sft, rm or dpo. Default: the one
 
 
 class Commands(TyperGroup):
-    """Show a user's mistake in any command as one message."""
+    """Log as the scripts do, and show a user's mistake in any command as one message."""
 
     def invoke(self, ctx: typer.Context) -> Any:
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
+        logging.getLogger("tunebook").setLevel(logging.INFO)
         with exit_on_error():
             return super().invoke(ctx)
 
@@ -38,12 +40,6 @@ def parse_recipe(path: Path, task: str | None, words: list[str]) -> "Recipe":
     if config is not None:
         raise RecipeError(f"--config {config}: the recipe is the first argument, {path}.")
     return parse(find_task(path, task), read_recipe(path), overrides)
-
-
-@app.callback()
-def main() -> None:
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    logging.getLogger("tunebook").setLevel(logging.INFO)
 
 
 @app.command()
@@ -164,14 +160,14 @@ def benchmark(
     timeout: Annotated[float, typer.Option(help="Seconds for each benchmark.")] = 7200,
 ) -> None:
     """Run benchmarks on any model and show the scores."""
-    from ..following.benchmarks import find_benchmark, run_benchmarks
+    from ..following.benchmarks import BenchmarkJobs, find_benchmark
     from ..following.scores import scores_table
 
     with user_errors():
         paths = [find_benchmark(name) for name in benchmarks]
-    options = {"devices": devices or [], "timeout": timeout}
-    rows = run_benchmarks(model, paths, out / "model", revision=revision, **options)
-    others = run_benchmarks(compare_to, paths, out / "compare_to", **options) if compare_to else []
+    options = {"benchmarks": paths, "devices": devices or [], "timeout": timeout}
+    rows = BenchmarkJobs(out / "model", **options).run(model, revision)
+    others = BenchmarkJobs(out / "compare_to", **options).run(compare_to) if compare_to else []
     Console().print(scores_table(rows, others, title=model, other_title=compare_to or ""))
     if any(row.status != "completed" for row in rows):
         raise typer.Exit(1)

@@ -64,7 +64,7 @@ def prepare(recipe: Recipe) -> Run:
     output_dir = Path(args.output_dir)
     checkpoint = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
     with user_errors(ConnectionError):
-        set_wandb_environment(args.report_to, args.wandb_entity, args.wandb_project, args.wandb_run_group)
+        set_wandb_environment(args)
         validate_callbacks(args, resumes=checkpoint is not None)
     check_model(recipe.model.model_name_or_path, recipe.model.model_revision, args.trust_remote_code)
     log_resolved(recipe)
