@@ -190,7 +190,8 @@ class Uploads:
         self._changed = threading.Condition()
         self._failures = 0  # in a row
         self._closed = False
-        # huggingface_hub 2.4 waits forever for a server that accepts a connection and does not answer
+        # PATCH(huggingface_hub<2.5): it waits forever for a server that accepts a connection and does not answer. Waits
+        # for huggingface_hub/utils/_http.py:348. Delete when its client has a time-out.
         get_session().timeout = SILENCE
         threading.Thread(target=self._work, name="hub-push", daemon=True).start()
 
