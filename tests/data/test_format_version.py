@@ -4,16 +4,18 @@ import hashlib
 import json
 from dataclasses import replace
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tunebook.data.rendering import FORMAT_VERSION, RenderSettings
 from tunebook.data.tokens import CUT, KEPT, process_batch
 
-HASHES = {1: "347e33889019164b06278a67fe7a533b1ce5c850fee99b33a87d1927ecee2a26"}
+HASHES = {1: "499e471955fc6163eb1a58406985d7ff5b3647cca0c3d6a3ca086f57f9f75a66"}
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] + '<e>' }}{% endfor %}"
+    "{{ mood }}{% if tools %}{{ tools | tojson }}{% endif %}"
+    "{% for m in messages %}<{{ m['role'] }}{% if 'name' in m %}{{ m['name'] }}{% endif %}>"
+    "{{ m['content'] + '<e>' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 MARKED = TEMPLATE.replace(
@@ -24,11 +26,17 @@ MARKED = TEMPLATE.replace(
 USER, ASSISTANT = {"role": "user", "content": "two plus three?"}, {"role": "assistant", "content": "fünf 五."}
 SIX = {"role": "assistant", "content": "six"}
 CHAT = [USER, ASSISTANT]
-MESSAGES = {"messages": [CHAT, [*CHAT, USER, SIX], [{"role": "system", "content": "be brief"}, *CHAT], [USER]]}
+SHAREGPT = [{"from": "human", "value": "one?"}, {"from": "gpt", "value": "two"}]
+MESSAGES = {"messages": [CHAT, [*CHAT, USER, SIX], [{"role": "system", "content": "brief"}, *CHAT], [USER], SHAREGPT]}
+TOOLS = {
+    "messages": [[USER | {"name": None}, SIX]],
+    "tools": ['[{"name": "add"}]'],
+    "chat_template_kwargs": [{"mood": 1}],
+}
 PROMPTS = {"prompt": ["2 + 3? ", "", "long " * 9], "completion": ["5", "one", "four"]}
 TURNS = {"prompt": [[USER], [*CHAT, USER]], "completion": [[ASSISTANT], [SIX]]}
 TEXTS = {"text": ["the quick brown fox", "", "zwölf <e>"]}
-PAIRS = {"prompt": PROMPTS["prompt"], "chosen": PROMPTS["completion"], "rejected": ["6", "one", "three"]}
+PAIRS = {"prompt": PROMPTS["prompt"], "chosen": ["5 and 6", "one", "four"], "rejected": ["5 and 7", "one", "three"]}
 TURN_PAIRS = {"prompt": [[USER]], "chosen": [[ASSISTANT]], "rejected": [[SIX]]}
 WHOLE_PAIRS = {"chosen": [CHAT, [USER, SIX]], "rejected": [[USER, SIX], CHAT]}
 SCORED_PAIRS = {**PAIRS, "margin": [0.5, "1", None], "subset": ["easy", "hard", 3]}
@@ -36,18 +44,22 @@ SCORED_PAIRS = {**PAIRS, "margin": [0.5, "1", None], "subset": ["easy", "hard", 
 
 def tokenize_everything() -> dict[str, list]:
     """Return the trained rows of each layout under each setting, whole and cut, in the order of the rows."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())  # not trained, so that no other version trains it otherwise
-    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    # A token per byte, since a version of tokenizers may train differently from the next
+    letters = ["<b>", "<e>", "<z>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    backend = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    backend.add_special_tokens(letters[:3])
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.TemplateProcessing("<b> $A <z>", special_tokens=[("<b>", 0), ("<z>", 2)])
     plain, marked = (PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>") for _ in range(2))
     plain.chat_template, marked.chat_template = TEMPLATE, MARKED
 
     sft, rm, dpo = (RenderSettings(task, plain, None, {}) for task in ("sft", "rm", "dpo"))
-    cases = [(sft, rows) for rows in (MESSAGES, PROMPTS, TURNS, TEXTS)]
+    cases = [(sft, rows) for rows in (MESSAGES, TOOLS, PROMPTS, TURNS, TEXTS)]
     cases += [(task, rows) for task in (rm, dpo) for rows in (PAIRS, TURN_PAIRS, WHOLE_PAIRS, SCORED_PAIRS)]
     cases += [
         (replace(sft, assistant_only_loss=True), MESSAGES),
         (replace(sft, assistant_only_loss=True, tokenizer=marked), MESSAGES),
+        (replace(sft, assistant_only_loss=True, tokenizer=marked), TOOLS),
         (replace(sft, last_turn_only_loss=True, system_prompt="be brief"), MESSAGES),
         (replace(sft, completion_only_loss=False), PROMPTS),
         (replace(sft, prompt_template="Q: {}\nA: "), PROMPTS),
