@@ -38,33 +38,29 @@ def trained(tokenizer, row) -> str:
 
 
 ROWS = [{"prompt": f"what is {i}?", "completion": f"five {i}"} for i in range(20)]
+TABLE = datasets.Dataset.from_list(ROWS)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow", "saved", "folder", "jsonl.gz"])
-def test_every_source_gives_the_same_rows(kind, tmp_path, tokenizer):
-    dataset, path = datasets.Dataset.from_list(ROWS), tmp_path / f"rows.{kind}"
-    if kind == "jsonl":
-        write_rows(path, ROWS)
-    elif kind == "json":
-        path.write_text(json.dumps(ROWS))
-    elif kind == "csv":
-        dataset.to_csv(path)
-    elif kind == "parquet":
-        dataset.to_parquet(path)
-    elif kind == "arrow":
-        dataset.save_to_disk(tmp_path / "s")
-        path = next((tmp_path / "s").glob("*.arrow"))
-    elif kind == "saved":
-        datasets.DatasetDict({"train": dataset}).save_to_disk(path)
-    elif kind == "folder":
-        (tmp_path / "f").mkdir()
-        path = write_rows(tmp_path / "f" / "train.jsonl", ROWS).parent
-    else:
-        dataset.to_json(path, compression="gzip")
-    data = load("sft", tokenizer, tmp_path, dataset_name=str(path))
-    assert [tokenizer.decode(row["input_ids"]) for row in data.train] == [
-        row["prompt"] + row["completion"] + "<|im_end|>" for row in ROWS
-    ]
+@pytest.mark.parametrize(
+    ("source", "file", "write"),
+    [
+        ("rows.jsonl", "rows.jsonl", lambda path: write_rows(path, ROWS)),
+        ("rows.json", "rows.json", lambda path: path.write_text(json.dumps(ROWS))),
+        ("rows.csv", "rows.csv", TABLE.to_csv),
+        ("rows.parquet", "rows.parquet", TABLE.to_parquet),
+        ("rows.jsonl.gz", "rows.jsonl.gz", lambda path: TABLE.to_json(path, compression="gzip")),
+        ("saved/*.arrow", "saved", TABLE.save_to_disk),
+        ("saved", "saved", datasets.DatasetDict({"train": TABLE}).save_to_disk),
+        ("folder", "folder/train.jsonl", lambda path: write_rows(path, ROWS)),
+    ],
+)
+def test_every_source_gives_the_same_rows(source, file, write, tmp_path, tokenizer):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    write(tmp_path / file)
+    (path,) = tmp_path.glob(source)
+    train = load("sft", tokenizer, tmp_path, dataset_name=str(path)).train
+    expected = [row["prompt"] + row["completion"] + "<|im_end|>" for row in ROWS]
+    assert [tokenizer.decode(row["input_ids"]) for row in train] == expected
 
 
 @pytest.mark.parametrize(
@@ -84,10 +80,7 @@ def test_a_file_that_cannot_be_read_says_why(name, content, message, tmp_path):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (
-            {"dataset_name": "ROWS", "prompt_column": "question"},
-            "there is no column 'question'. Columns: prompt, compl",
-        ),
+        ({"dataset_name": "ROWS", "prompt_column": "question"}, "there is no column 'question'. Columns: prompt, comp"),
         ({"dataset_name": "ROWS", "dataset_train_split": "tran"}, 'Unknown split "tran". Should be one of'),
         ({"dataset_name": "./nowhere.jsonl"}, "no such file or folder"),
         ({"dataset_name": "ROWS", "messages_column": "prompt"}, "prompt is str, not list"),
@@ -120,7 +113,7 @@ def test_a_key_that_does_nothing_to_these_rows_is_refused(row, keys, needs, tmp_
         load("sft", tokenizer, tmp_path, [row], **keys)
 
 
-def test_every_dropped_row_is_counted_by_reason_with_the_first_one(tmp_path, tokenizer):
+def test_every_dropped_row_is_counted_by_reason_and_a_cut_row_gets_no_false_eos(tmp_path, tokenizer):
     rows = [
         {"prompt": "a", "completion": "b"},
         {"prompt": None, "completion": "x"},
@@ -139,13 +132,10 @@ def test_every_dropped_row_is_counted_by_reason_with_the_first_one(tmp_path, tok
         "empty answer": {"rows": 1, "first_row": 3},
         "nothing to train on within max_length": {"rows": 1, "first_row": 5},
     }
+    cut = data.train[1]["input_ids"]
+    assert len(cut) == 60 and tokenizer.eos_token_id not in cut
     data.write_report(tmp_path / "report.json")
     assert json.loads((tmp_path / "report.json").read_text())["train"]["read"] == 7
-
-
-def test_a_cut_row_gets_no_false_eos(tmp_path, tokenizer):
-    row = load("sft", tokenizer, tmp_path, [{"prompt": "a", "completion": "one " * 80}], max_length=60).train[0]
-    assert len(row["input_ids"]) == 60 and tokenizer.eos_token_id not in row["input_ids"]
 
 
 def test_a_template_that_rejects_a_role_order_says_which_row(tmp_path):
@@ -167,6 +157,10 @@ LAYOUTS = {
     "prompted conversations": [
         {"prompt": LONGER[:3], "completion": LONGER[3:]},
         {"prompt": CHAT[:1], "completion": CHAT[1:]},
+    ],
+    "pairs": [
+        {"prompt": "two plus three? ", "chosen": "five", "rejected": "one and four"},
+        {"prompt": "one? ", "chosen": "four", "rejected": "two"},
     ],
     "system turn": [{"messages": [{"role": "system", "content": "be brief"}, *CHAT]}],
 }
@@ -192,7 +186,7 @@ def assert_equals_trls(task, tokenizer, tiny, tmp_path, rows, **keys):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ids_and_labels_equal_trls(layout, tiny, tmp_path, tokenizer):
-    assert_equals_trls("sft", tokenizer, tiny, tmp_path, LAYOUTS[layout])
+    assert_equals_trls("dpo" if layout == "pairs" else "sft", tokenizer, tiny, tmp_path, LAYOUTS[layout])
 
 
 def test_assistant_only_by_the_templates_marks_equals_trls(tiny, tmp_path, marked_tokenizer):
@@ -202,9 +196,16 @@ def test_assistant_only_by_the_templates_marks_equals_trls(tiny, tmp_path, marke
     assert trained(marked_tokenizer, row) == "five.<|im_end|>five too.<|im_end|>"
 
 
-def test_assistant_only_turn_by_turn_on_a_template_without_marks(tmp_path, tokenizer):
-    row = load("sft", tokenizer, tmp_path, LAYOUTS["conversations"], assistant_only_loss=True).train[1]
-    assert trained(tokenizer, row) == "five.<|im_end|>\nfive too.<|im_end|>\n"
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("assistant_only_loss", "five.<|im_end|>\nfive too.<|im_end|>\n"),
+        ("last_turn_only_loss", "five too.<|im_end|>\n"),
+    ],
+)
+def test_turns_are_trained_on_with_a_template_without_marks(key, text, tmp_path, tokenizer):
+    row = load("sft", tokenizer, tmp_path, LAYOUTS["conversations"], **{key: True}).train[1]
+    assert trained(tokenizer, row) == text
 
 
 def test_assistant_only_is_refused_where_turns_have_no_certain_place(tmp_path):
@@ -215,19 +216,16 @@ def test_assistant_only_is_refused_where_turns_have_no_certain_place(tmp_path):
         load("sft", forgetful, tmp_path, [{"messages": LONGER}], assistant_only_loss=True)
 
 
-def test_last_turn_only(tmp_path, tokenizer):
-    row = load("sft", tokenizer, tmp_path, [{"messages": LONGER}], last_turn_only_loss=True).train[0]
-    assert trained(tokenizer, row) == "five too.<|im_end|>\n"
-
-
-def test_pretraining_has_no_template_no_eos_and_loss_everywhere(tmp_path, tokenizer):
-    row = load("sft", tokenizer, tmp_path, [{"body": CORPUS[0]}], pretraining=True, text_column="body").train[0]
-    assert tokenizer.decode(row["input_ids"]) == CORPUS[0] == trained(tokenizer, row)
-
-
-def test_completion_only_loss_false_trains_on_the_prompt_too(tmp_path, tokenizer):
-    row = load("sft", tokenizer, tmp_path, ROWS[:1], completion_only_loss=False).train[0]
-    assert row["labels"] == row["input_ids"]
+@pytest.mark.parametrize(
+    ("row", "keys", "text"),
+    [
+        ({"body": CORPUS[0]}, {"pretraining": True, "text_column": "body"}, CORPUS[0]),  # no template and no EOS
+        (ROWS[0], {"completion_only_loss": False}, "what is 0?five 0<|im_end|>"),
+    ],
+)
+def test_the_whole_row_is_trained_on(row, keys, text, tmp_path, tokenizer):
+    row = load("sft", tokenizer, tmp_path, [row], **keys).train[0]
+    assert row["labels"] == row["input_ids"] and tokenizer.decode(row["input_ids"]) == text
 
 
 def test_columns_prompt_template_and_system_prompt(tmp_path, tokenizer):
@@ -261,9 +259,8 @@ def test_inline_chatml_is_given_to_a_tokenizer_without_template(tmp_path):
 @pytest.fixture
 def two_sources(tmp_path):
     a = write_rows(tmp_path / "a.jsonl", [{"q": f"a {i}", "r": "x"} for i in range(40)])
-    b = write_rows(tmp_path / "b.jsonl", [{"messages": CHAT} for _ in range(10)])
-    rename = {"q": "prompt", "r": "completion"}
-    return {"path": str(a), "columns": rename}, {"path": str(b)}
+    b = write_rows(tmp_path / "b.jsonl", [{"messages": CHAT}] * 10)
+    return {"path": str(a), "columns": {"q": "prompt", "r": "completion"}}, {"path": str(b)}
 
 
 def share_of_a(tokenizer, dataset) -> float:
@@ -276,23 +273,20 @@ def test_a_mixture_of_two_layouts_has_all_rows_of_both(two_sources, tmp_path, to
 
 
 def test_fractions_are_shares_of_the_largest_mixture_without_repeats(two_sources, tmp_path, tokenizer):
-    a, b = two_sources
-    data = load("sft", tokenizer, tmp_path, datasets=[a | {"fraction": 0.5}, b | {"fraction": 0.5}])
+    data = load("sft", tokenizer, tmp_path, datasets=[source | {"fraction": 0.5} for source in two_sources])
     assert len(data.train) == 20 and share_of_a(tokenizer, data.train) == 0.5
 
 
 @pytest.mark.parametrize(("stopping", "at_least"), [("first_exhausted", 10), ("all_exhausted", 40)])
 def test_probabilities_with_either_stopping_rule(two_sources, stopping, at_least, tmp_path, tokenizer):
-    a, b = two_sources
-    mixture = [a | {"probability": 0.5}, b | {"probability": 0.5}]
+    mixture = [source | {"probability": 0.5} for source in two_sources]
     data = load("sft", tokenizer, tmp_path, datasets=mixture, mixture_stopping=stopping)
     assert len(data.train) >= at_least
     assert 0.3 < share_of_a(tokenizer, data.train) < 0.7
 
 
 def test_the_seed_decides_the_mixture(two_sources, tmp_path, tokenizer):
-    a, b = two_sources
-    mixture = [a | {"probability": 0.5}, b | {"probability": 0.5}]
+    mixture = [source | {"probability": 0.5} for source in two_sources]
     prints = [fingerprint(load("sft", tokenizer, tmp_path, datasets=mixture, seed=s).train) for s in (1, 1, 2)]
     assert prints[0] == prints[1] != prints[2]
 
@@ -325,14 +319,6 @@ def test_an_evaluation_set_on_the_command_line_replaces_the_recipes_split(tmp_pa
 
 
 # ---- Preferences ----
-
-
-def test_preferences_equal_trls_dpo_columns(tiny, tmp_path, tokenizer):
-    rows = [
-        {"prompt": "two plus three? ", "chosen": "five", "rejected": "one and four"},
-        {"prompt": "one? ", "chosen": "four", "rejected": "two"},
-    ]
-    assert_equals_trls("dpo", tokenizer, tiny, tmp_path, rows)
 
 
 def test_a_prompt_is_found_in_both_sides_of_conversations(tmp_path, tokenizer):
@@ -391,7 +377,7 @@ def test_the_cache_is_used_again_and_depends_on_template_and_keys(tmp_path, monk
 
 def test_several_workers_give_the_same_rows(tmp_path, tokenizer):
     settings = RenderSettings("sft", tokenizer, 200, {"prompt": "prompt", "completion": "completion"})
-    rows = datasets.Dataset.from_list(ROWS * 3)
+    rows = datasets.concatenate_datasets([TABLE] * 3)
     one, _ = process(rows, settings)
     shutil.rmtree(datasets.config.HF_DATASETS_CACHE / "tunebook")
     two, outcomes = process(rows, settings, num_proc=2)
