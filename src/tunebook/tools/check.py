@@ -147,9 +147,9 @@ class Disk:
 
 def plan_disk(recipe: Recipe, workload: Workload, steps: int) -> Disk:
     """Plan the checkpoints and the model. What is pushed to the Hub is linked, and takes nothing more."""
-    args = recipe.training
-    model = workload.stored_size * (workload.trained if recipe.model.use_peft else workload.parameters)
-    checkpoint = model + (0 if args.save_only_model else workload.state_size * workload.trained)
+    args, count_parameters = recipe.training, workload.model.num_parameters
+    model = workload.stored_size * count_parameters(only_trainable=recipe.model.use_peft)
+    checkpoint = model + (0 if args.save_only_model else workload.state_size * count_parameters(only_trainable=True))
     every = {"steps": args.save_steps, "epoch": steps / args.num_train_epochs}.get(args.save_strategy.value, math.inf)
     count = math.ceil(steps / (math.ceil(every * steps) if every < 1 else every))
     # The oldest go when the new one is whole
@@ -201,14 +201,13 @@ def check(
     workload = Workload.from_recipe(recipe, config, batches.largest, sharding, kind, schedule.accumulated > 1)
     disk, parts = plan_disk(recipe, workload, schedule.steps), estimate(workload)
     needed = sum(part.bytes for part in parts)
-    judges = reward_model is not None and recipe.task != "sft"
     page = {
         **{"recipe": recipe, "data": data, "lengths": lengths, "batches": batches, "schedule": schedule, "disk": disk},
         "has_default_template": tokenizer.chat_template == CHATML,
         "ends": ", ".join(tokenizer.convert_ids_to_tokens(ends)),
         "systems": [lost_systems(source.rows, settings) for source, settings in data.sources],
         "judge": reward_model,
-        "judged": judge_pairs(data.train, reward_model, args.seed) if judges else None,
+        "judged": judge_pairs(data.train, reward_model, args.seed) if reward_model and recipe.task != "sft" else None,
         "wilson": wilson,
         "rates": [rate * (10 if model_args.use_peft else 1) for rate in LEARNING_RATES[recipe.task]],
         **{"sharding": sharding, "device": device, "capacity": capacity, "needed": needed},

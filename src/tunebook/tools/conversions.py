@@ -36,15 +36,14 @@ def handbook_mixer(value: Any, settings: Settings) -> dict[str, Any]:
     train = next((name for name in settings.get("dataset_splits", []) if "train" in name), "train")
     mixer = settings["dataset_mixer"]
     configs = settings.get("dataset_configs") or [None] * len(mixer)
-    entries = [
-        {"id": path, "config": name, "split": train, "weight": share}
+    sources = [
+        {"path": path} | ({"name": name} if name is not None else {}) | {"split": share_of(train, share)}
         for (path, share), name in zip(mixer.items(), configs, strict=True)
     ]
-    keys = handbook_mixture({"datasets": entries}, settings)
-    if len(entries) > 1:
-        return keys
+    if len(sources) > 1:
+        return {"datasets": sources}
     names = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
-    return {names[name]: part for name, part in keys["datasets"][0].items()}
+    return {names[name]: part for name, part in sources[0].items()}
 
 
 def handbook_test_split(value: Sequence[str], settings: Settings) -> dict[str, Any]:

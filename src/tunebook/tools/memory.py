@@ -45,14 +45,15 @@ class Part:
 
 def estimate(workload: Workload) -> list[Part]:
     """Estimate the memory of one device at the peak of a step, in parts that add up to it."""
-    trained, size, sharding = workload.trained, workload.stored_size, workload.sharding
+    size, sharding = workload.stored_size, workload.sharding
+    parameters, trained = (workload.model.num_parameters(only_trainable) for only_trainable in (False, True))
     weights = 0.0 if sharding.offload_weights else weights_size(workload) / workload.shards(3)
     gradients = trained * size / workload.shards(2)
     states = 0.0 if sharding.offload_optimizer else trained * workload.state_size / workload.shards(1)
     activations = max(0.0, count_step(workload) - (gradients if workload.keeps_gradients else 0))
     tokens = f"{workload.batch.rows} x {workload.batch.length:,} tokens"
     parts = [
-        Part("weights", weights, f"{workload.parameters:,} parameters"),
+        Part("weights", weights, f"{parameters:,} parameters"),
         Part("gradients", gradients, f"{trained:,} trained parameters of {size} bytes"),
         Part("optimizer", states, f"{workload.state_size} bytes per trained parameter"),
         Part("activations", activations, tokens + ", checkpointed" * workload.activation_checkpointing),
@@ -79,7 +80,8 @@ def reference(workload: Workload, activations: float) -> Part | None:
 
 def working_space(workload: Workload) -> Part | None:
     """Return what the engine and the quantization need for a moment, if anything."""
-    model, trained, size = workload.model, workload.trained, workload.stored_size
+    model, size = workload.model, workload.stored_size
+    trained = model.num_parameters(only_trainable=True)
     needs: dict[str, float] = {}
     if workload.bits < 16:
         needs["one matrix at a time dequantized"] = max(m.weight.numel() for m in frozen_matrices(model)) * 2.0
@@ -99,7 +101,7 @@ def weights_size(workload: Workload) -> float:
     of 64 (QLoRA, https://arxiv.org/abs/2305.14314, section 3)."""
     bits = workload.bits
     quantized = sum(m.weight.numel() for m in frozen_matrices(workload.model)) if bits < 16 else 0
-    return (workload.parameters - quantized) * workload.stored_size + quantized * (bits / 8 + 4 / 64)
+    return (workload.model.num_parameters() - quantized) * workload.stored_size + quantized * (bits / 8 + 4 / 64)
 
 
 def frozen_matrices(model: nn.Module) -> list[nn.Linear]:

@@ -43,9 +43,8 @@ def merge(adapter: Path, out: Path, base: str | None = None, dtype: str = "float
             model = AutoModelForCausalLM.from_pretrained(name, **options)
     fit_tokenizer(model, tokenizer)
     model = PeftModel.from_pretrained(model, adapter).eval()
-    rows = tokenizer(
-        ["A row to compare.", "Another, longer row to compare: 1 + 2 = 3."], padding=True, return_tensors="pt"
-    )
+    texts = ["A row to compare.", "Another, longer row to compare: 1 + 2 = 3."]
+    rows = tokenizer(texts, padding=True, return_tensors="pt")
     before = outputs(model, rows)
     model = model.merge_and_unload().to(getattr(torch, dtype))
 

@@ -100,14 +100,6 @@ class Workload:
         return model.train()
 
     @property
-    def parameters(self) -> int:
-        return sum(p.numel() for p in self.model.parameters())
-
-    @property
-    def trained(self) -> int:
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
-
-    @property
     def stored_size(self) -> int:
         """Bytes of a weight between steps."""
         return 2 if self.mixed and self.sharding.engine == "deepspeed" else getattr(torch, self.dtype).itemsize
