@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from tokenizers.decoders import ByteLevel
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from tunebook import run_script
 
@@ -55,7 +56,8 @@ def build_tokenizer(special=("<pad>", "<|im_start|>", "<|im_end|>"), template: s
     return fast
 
 
-def build_model(vocab_size: int, **changes) -> LlamaForCausalLM:
+def build_model(vocab_size: int, config_class: type = LlamaConfig, **changes):
+    """A random causal model of 2 layers, of the architecture of its configuration's class."""
     torch.manual_seed(0)
     config = dict(
         vocab_size=vocab_size,
@@ -66,7 +68,14 @@ def build_model(vocab_size: int, **changes) -> LlamaForCausalLM:
         num_key_value_heads=2,
         max_position_embeddings=512,
     )
-    return LlamaForCausalLM(LlamaConfig(**{**config, **changes}))
+    return AutoModelForCausalLM.from_config(config_class(**config | changes))
+
+
+def save_model(folder: Path, model, tokenizer) -> Path:
+    """Saves a model and its tokenizer; returns the folder."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -77,10 +86,7 @@ def tokenizer():
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory, tokenizer) -> Path:
     """A folder with a random Llama of 2 layers and its tokenizer with ChatML."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    build_model(len(tokenizer)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_model(tmp_path_factory.mktemp("models") / "tiny", build_model(len(tokenizer)), tokenizer)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
@@ -113,6 +119,12 @@ def pair_rows(tmp_path_factory) -> Path:
         for i in range(48)
     ]
     return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", rows)
+
+
+@pytest.fixture
+def task_rows(task: str, sft_rows, pair_rows) -> Path:
+    """The rows for the parameter `task` of a test."""
+    return sft_rows if task == "sft" else pair_rows
 
 
 def free_port() -> int:
@@ -175,6 +187,14 @@ def train(task: str, model: Path, rows: Path, output_dir: Path, **changes):
 def logged(trainer, name: str) -> list[float]:
     """The values of a key of the trainer's log, in their order."""
     return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def copy_until(step: int, run: Path, copy: Path) -> None:
+    """Copies the folder of a run without the checkpoints after a step."""
+    shutil.copytree(run, copy)
+    for checkpoint in copy.glob("checkpoint-*"):
+        if int(checkpoint.name.removeprefix("checkpoint-")) > step:
+            shutil.rmtree(checkpoint)
 
 
 def assert_same_weights(one: Path, other: Path) -> None:

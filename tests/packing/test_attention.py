@@ -159,53 +159,30 @@ def test_the_attention_is_not_written_into_a_checkpoint(tmp_path):
     assert "varlen" not in (tmp_path / "config.json").read_text()
 
 
-REFUSED = {
-    "state space": (transformers.MambaForCausalLM, transformers.MambaConfig, dict(state_size=4), "state space"),
-    "linear attention": (
-        transformers.Qwen3NextForCausalLM,
-        transformers.Qwen3NextConfig,
-        dict(
-            layer_types=["linear_attention", "full_attention"],
-            num_experts=2,
-            num_experts_per_tok=1,
-            moe_intermediate_size=8,
-            shared_expert_intermediate_size=8,
+EXPERTS = dict(num_experts=2, num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=1, head_dim=8)
+EXPERTS |= dict(moe_intermediate_size=8, shared_expert_intermediate_size=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("MambaForCausalLM", dict(state_size=4), "state space"),
+        (
+            "Qwen3NextForCausalLM",
+            EXPERTS | dict(layer_types=["linear_attention", "full_attention"]),
+            "linear_attention",
         ),
-        "linear_attention",
-    ),
-    "convolution": (
-        transformers.Lfm2ForCausalLM,
-        transformers.Lfm2Config,
-        dict(layer_types=["conv", "full_attention"], num_key_value_heads=1),
-        "conv",
-    ),
-    "ALiBi": (transformers.BloomForCausalLM, transformers.BloomConfig, dict(n_head=2, n_layer=1), "ALiBi"),
-    "attention sinks": (
-        transformers.GptOssForCausalLM,
-        transformers.GptOssConfig,
-        dict(num_local_experts=2, num_experts_per_tok=1, num_key_value_heads=1, head_dim=8),
-        "attention sinks",
-    ),
-    "attention dropout": (
-        transformers.LlamaForCausalLM,
-        transformers.LlamaConfig,
-        dict(attention_dropout=0.1),
-        "attention_dropout of 0.1",
-    ),
-    "attention dropout by another name": (
-        transformers.GPT2LMHeadModel,
-        transformers.GPT2Config,
-        dict(n_head=2, n_layer=1),
-        "attn_pdrop of 0.1",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_a_model_that_packing_would_change_is_refused_by_name(case):
-    model_class, config_class, changes, reason = REFUSED[case]
-    with pytest.raises(ValueError, match=f"packing: {model_class.__name__}.*{reason}.*packing: false"):
-        set_varlen_attention(model_class(config_class(**{**SIZES, **changes})))
+        ("Lfm2ForCausalLM", dict(layer_types=["conv", "full_attention"], num_key_value_heads=1), "conv"),
+        ("BloomForCausalLM", dict(n_head=2, n_layer=1), "ALiBi"),
+        ("GptOssForCausalLM", EXPERTS, "attention sinks"),
+        ("LlamaForCausalLM", dict(attention_dropout=0.1), "attention_dropout of 0.1"),
+        ("GPT2LMHeadModel", dict(n_head=2, n_layer=1), "attn_pdrop of 0.1"),
+    ],
+)
+def test_a_model_that_packing_would_change_is_refused_by_name(name, changes, reason):
+    model_class = getattr(transformers, name)
+    with pytest.raises(ValueError, match=f"packing: {name}.*{reason}.*packing: false"):
+        set_varlen_attention(model_class(model_class.config_class(**SIZES | changes)))
 
 
 def test_a_mask_that_was_made_while_scoring_serves_training():

@@ -1,8 +1,9 @@
 """Packed and prefix-shared training is TRL's padded training: log-probs, metrics, losses and gradients."""
 
 import copy
+import functools
 import itertools
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import transformers
 import trl
 import trl.trainer.utils
 from accelerate.data_loader import skip_first_batches
-from conftest import build_model, build_tokenizer
+from conftest import build_model, build_tokenizer, save_model
 from datasets import Dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,11 +49,15 @@ PACKINGS = {"padded": (False, False), "packed": (True, False), "shared": (True, 
 
 
 def build(name: str, task: str = "ForCausalLM"):
+    """A model of `MODELS`; a causal one has TRL's head, which returns `FIELDS` instead of logits."""
     torch.manual_seed(0)
     family, changes = MODELS[name]
     config = getattr(transformers, f"{family}Config")(**SIZES, **changes)
     config.num_labels = 1 if task == "ForSequenceClassification" else 2
-    return getattr(transformers, f"{family}{task}")(config).train()
+    model = getattr(transformers, f"{family}{task}")(config).train()
+    if task == "ForCausalLM":
+        add_fused_lm_head(model, outputs=FIELDS)
+    return model
 
 
 tokens = st.lists(st.integers(1, 5), max_size=7)  # few tokens, so that completions often start alike
@@ -71,10 +76,13 @@ def pairs(draw):
 batches = st.lists(pairs(), min_size=1, max_size=4)
 
 
+SIDES = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
 def collate(rows, left: bool = False, max_length: int | None = None):
     """TRL's preference batch as (input_ids, attention_mask, labels); optionally padded on the left."""
-    examples = [dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), row, strict=True)) for row in rows]
-    batch = trl.trainer.dpo_trainer.DataCollatorForPreference(pad_token_id=0, max_length=max_length)(examples)
+    collator = trl.trainer.dpo_trainer.DataCollatorForPreference(pad_token_id=0, max_length=max_length)
+    batch = collator([dict(zip(SIDES, row, strict=True)) for row in rows])
     if left:
         order = batch["attention_mask"].argsort(dim=1, stable=True)
         batch = {name: x.gather(1, order) for name, x in batch.items()}
@@ -83,12 +91,17 @@ def collate(rows, left: bool = False, max_length: int | None = None):
     return dict(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], labels=labels)
 
 
-def assert_same_gradients(model, expected, rtol=1e-4):
+def gradients_of(model) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def assert_same_gradients(gradients, expected, rtol=1e-4):
     """Each relative to its largest element, or to a hundredth of the model's largest where it cancels out."""
-    largest = max(other.grad.abs().max() for other in expected.parameters())
-    for (name, parameter), other in zip(model.named_parameters(), expected.parameters(), strict=True):
-        scale = max(other.grad.abs().max(), largest / 100).item()
-        torch.testing.assert_close(parameter.grad, other.grad, rtol=0, atol=rtol * scale, msg=name)
+    assert gradients.keys() == expected.keys()
+    largest = max(gradient.abs().max() for gradient in expected.values())
+    for name, gradient in expected.items():
+        scale = max(gradient.abs().max(), largest / 100).item()
+        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=rtol * scale, msg=name)
 
 
 @settings(deadline=None)
@@ -110,10 +123,7 @@ def test_every_token_keeps_its_place_and_its_document(rows, left, share_prefix):
 @pytest.mark.parametrize("mode", PACKINGS)
 def test_causal_lm_equals_trl_padded(name, mode):
     """Per-token fields, loss, load-balancing loss, and gradients of a random function of them."""
-    model = build(name)
-    add_fused_lm_head(model, outputs=FIELDS)
-    expected_model = build(name)
-    add_fused_lm_head(expected_model, outputs=FIELDS)
+    model, expected_model = build(name), build(name)
     pack_causal_lm(model, *PACKINGS[mode])
 
     @settings(max_examples=6, deadline=None, suppress_health_check=list(HealthCheck))
@@ -130,7 +140,7 @@ def test_causal_lm_equals_trl_padded(name, mode):
         for m, out in ((model, output), (expected_model, expected)):
             m.zero_grad()
             ((out.log_probs * weights).sum() + out.loss).backward()
-        assert_same_gradients(model, expected_model)
+        assert_same_gradients(gradients_of(model), gradients_of(expected_model))
 
     check()
 
@@ -162,7 +172,7 @@ def test_reward_model_equals_trl_padded(name, mode):
         for m, loss in zip((model, expected_model), losses, strict=True):
             m.zero_grad()
             loss.backward()
-        assert_same_gradients(model, expected_model)
+        assert_same_gradients(gradients_of(model), gradients_of(expected_model))
 
     check()
 
@@ -184,7 +194,6 @@ def test_the_reward_is_read_at_the_last_token_whatever_the_pad_token_and_the_hea
 def test_no_document_sees_another(share_prefix):
     """Another token in one pair leaves the log-probs of all other pairs the same, bit for bit."""
     model = build("Llama")
-    add_fused_lm_head(model)
     pack_causal_lm(model, True, share_prefix)
     rows = [([1, 2, 3], [4, 5, 6, 7], [9, 8]), ([3, 1], [5, 2, 2], [7, 7, 4, 1]), ([6], [8, 8], [2, 9, 3])]
     changed = copy.deepcopy(rows)
@@ -199,12 +208,8 @@ def test_no_document_sees_another(share_prefix):
 def test_a_packed_row_needs_no_mask(name, monkeypatch):
     """One of tokens x tokens would be built from the positions."""
     model = build(name)
-    add_fused_lm_head(model)
     pack_causal_lm(model)
-
-    def refuse(**kwargs):
-        raise AssertionError("a mask was built")
-
+    refuse = Mock(side_effect=AssertionError("a mask was built"))
     monkeypatch.setitem(AttentionMaskInterface._global_mapping, "varlen", refuse)
     batch = collate([([1, 2], [3], [4, 5])])
     model(**batch, fused_lm_head=True)
@@ -235,7 +240,6 @@ def test_the_head_equals_autograd(kept, monkeypatch):
 
 def test_trls_head_is_exchanged_in_our_forward_only():
     model, batch = build("Llama"), collate([([1, 2], [3], [4, 5])])
-    add_fused_lm_head(model)
     trls_forward = model.forward
     pack_causal_lm(model)
     with patch.object(LogProbs, "apply", wraps=LogProbs.apply) as head:
@@ -244,24 +248,25 @@ def test_trls_head_is_exchanged_in_our_forward_only():
     assert head.call_count == 1
 
 
-@pytest.mark.parametrize("task", ["ForCausalLM", "ForSequenceClassification"])
-def test_a_model_that_is_packed_twice_is_packed_as_the_second_call_says(task):
+@pytest.mark.parametrize(
+    ("task", "pack", "changes", "field"),
+    [
+        ("ForCausalLM", pack_causal_lm, {"fused_lm_head": True}, "log_probs"),
+        ("ForSequenceClassification", pack_reward_model, {"labels": None}, "logits"),
+    ],
+)
+def test_a_model_that_is_packed_twice_is_packed_as_the_second_call_says(task, pack, changes, field):
     results = []
     for calls in ([False], [True, False]):  # share_prefix
-        model, batch = build(task=task, name="Llama"), collate([([1, 2], [3], [3, 5])])
-        if task == "ForCausalLM":
-            add_fused_lm_head(model)
+        model, batch = build("Llama", task), collate([([1, 2], [3], [3, 5])])
         for share_prefix in calls:
-            (pack_causal_lm if task == "ForCausalLM" else pack_reward_model)(model, True, share_prefix)
-        call = {"fused_lm_head": True} if task == "ForCausalLM" else {"labels": None}
-        output = model(**batch | call)
-        results.append(output.log_probs if task == "ForCausalLM" else output.logits)
+            pack(model, True, share_prefix)
+        results.append(model(**batch | changes)[field])
     assert torch.equal(*results)
 
 
 def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
     model = build("Llama")
-    add_fused_lm_head(model)
     pack_causal_lm(model)
     batch = collate([([1, 2], [3], [4, 5])])
     output = model(**batch | {"labels": torch.full_like(batch["labels"], -100)}, fused_lm_head=True)
@@ -275,11 +280,9 @@ def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
     tokenizer = build_tokenizer()
-    build_model(len(tokenizer), initializer_range=0.2).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    model = build_model(len(tokenizer), initializer_range=0.2)
+    return save_model(tmp_path_factory.mktemp("llama"), model, tokenizer)
 
 
 def preferences():
@@ -292,88 +295,75 @@ def preferences():
     )
 
 
-def train(kind, folder, output_dir, patch, rows=None, **changes):
-    """The log of four steps and an evaluation of one of TRL's trainers, and the trainer."""
-    trainer_class, config_class = getattr(trl, f"{kind}Trainer"), getattr(trl, f"{kind}Config")
-    peft_config = changes.pop("peft_config", None)
+SETTINGS = {
+    "full": {},
+    "lora": {},
+    "checkpointed": dict(gradient_checkpointing=True),
+    "precomputed": dict(precompute_ref_log_probs=True),
+    "weighted": dict(loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.5], use_weighting=True),
+    "packed by TRL": dict(packing=True),  # TRL's packing runs on transformers' block-diagonal mask
+}
+
+
+def train(kind, setting, mode, folder, output_dir):
+    """One of TRL's trainers after four steps and an evaluation; `mode` None leaves its models as they are."""
     values = dict(max_steps=4, per_device_train_batch_size=3, logging_steps=1, eval_strategy="steps", eval_steps=4)
     values |= dict(learning_rate=1e-2, gradient_checkpointing=False, max_length=20, bf16=False, use_cpu=True, seed=7)
     values |= dict(report_to="none", save_strategy="no", disable_tqdm=True, gradient_accumulation_steps=2)
-    args = config_class(output_dir=str(output_dir), **{**values, **changes})
-    rows = preferences() if rows is None else rows
-    trainer = trainer_class(
-        str(folder), args=args, train_dataset=rows, eval_dataset=rows.select(range(7)), peft_config=peft_config
-    )
-    if patch is not None:
-        patch(trainer)
+    args = getattr(trl, f"{kind}Config")(output_dir=str(output_dir), **values | SETTINGS[setting])
+    lora = LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear")
+    lora.task_type = "SEQ_CLS" if kind == "Reward" else None
+    rows = preferences()
+    if kind == "SFT":
+        rows = rows.remove_columns("rejected").rename_column("chosen", "completion")
+    data = dict(train_dataset=rows, eval_dataset=rows.select(range(7)))
+    trainer_class, peft_config = getattr(trl, f"{kind}Trainer"), lora if setting == "lora" else None
+    trainer = trainer_class(str(folder), args=args, **data, peft_config=peft_config)
+    models = [trainer.model, trainer.ref_model] if kind == "DPO" else [trainer.model]
+    for model in filter(None, models) if mode is not None else ():
+        (pack_reward_model if kind == "Reward" else pack_causal_lm)(model, *PACKINGS[mode])
     trainer.train()
-    return [row for row in trainer.state.log_history if "train_runtime" not in row], trainer
+    return trainer
 
 
-def assert_same_logs(log, expected):
+def assert_same_logs(log, expected, rel, abs, but=()):
+    """All but times, speeds and keys that contain one of `but`."""
     assert len(log) == len(expected) >= 5
     for row, other in zip(log, expected, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
-            if "runtime" not in name and "per_second" not in name:
-                assert float(row[name]) == pytest.approx(float(value), rel=2e-3, abs=2e-4), name
+            if not any(part in name for part in ("runtime", "per_second", *but)):
+                assert float(row[name]) == pytest.approx(float(value), rel=rel, abs=abs), name
 
 
-LORA = dict(peft_config=LoraConfig(r=4, lora_dropout=0.0, target_modules="all-linear"))
-SETTINGS = {
-    "full": {},
-    "lora": LORA,
-    "checkpointed": dict(gradient_checkpointing=True),
-    "precomputed": dict(precompute_ref_log_probs=True),
-    "weighted": dict(loss_type=["sigmoid", "ipo"], loss_weights=[1.0, 0.5], use_weighting=True),
-}
+@pytest.fixture(scope="module")
+def log_of(folder, tmp_path_factory):
+    """The log of a run of `train`, of which each is run once."""
+
+    @functools.cache
+    def run(kind, setting, mode):
+        trainer = train(kind, setting, mode, folder, tmp_path_factory.mktemp("run"))
+        log = [row for row in trainer.state.log_history if "train_runtime" not in row]
+        if setting == "precomputed":  # before the first step the rewards are rounding errors
+            del log[0]["rewards/accuracies"]
+        return log
+
+    return run
 
 
-@pytest.mark.parametrize("share_prefix", [False, True], ids=["packed", "shared"])
-@pytest.mark.parametrize("setting", SETTINGS)
-def test_dpo_trainer_logs_what_trl_logs(setting, share_prefix, folder, tmp_path):
-    def patch(trainer):
-        for model in filter(None, (trainer.model, trainer.ref_model)):
-            pack_causal_lm(model, True, share_prefix)
-
-    changes = SETTINGS[setting]
-    log, _ = train("DPO", folder, tmp_path, patch, **copy.deepcopy(changes))
-    expected, _ = train("DPO", folder, tmp_path, None, **copy.deepcopy(changes))
-    if setting == "precomputed":  # before the first step the rewards are rounding errors
-        del log[0]["rewards/accuracies"], expected[0]["rewards/accuracies"]
-    assert_same_logs(log, expected)
+KINDS = {"DPO": ["full", "lora", "checkpointed", "precomputed", "weighted"], "Reward": ["full", "lora", "checkpointed"]}
+CASES = [(kind, setting, mode) for kind in KINDS for setting in KINDS[kind] for mode in ("packed", "shared")]
+CASES += [("SFT", "full", "padded"), ("SFT", "full", "packed")]
+CASES += [("SFT", "packed by TRL", "packed"), ("SFT", "checkpointed", "packed")]
 
 
-@pytest.mark.parametrize("share_prefix", [False, True], ids=["packed", "shared"])
-@pytest.mark.parametrize("setting", ["full", "lora", "checkpointed"])
-def test_reward_trainer_logs_what_trl_logs(setting, share_prefix, folder, tmp_path):
-    changes = copy.deepcopy(SETTINGS[setting])
-    if setting == "lora":
-        changes["peft_config"].task_type = "SEQ_CLS"
-    log, _ = train("Reward", folder, tmp_path, lambda t: pack_reward_model(t.model, True, share_prefix), **changes)
-    expected, _ = train("Reward", folder, tmp_path, None, **changes)
-    assert_same_logs(log, expected)
-
-
-def completions():
-    return preferences().remove_columns("rejected").rename_column("chosen", "completion")
-
-
-@pytest.mark.parametrize(
-    ("mode", "changes"),
-    [("padded", {}), ("packed", {}), ("packed", dict(packing=True)), ("packed", dict(gradient_checkpointing=True))],
-    ids=["padded", "without padding", "packed by TRL", "checkpointed"],
-)
-def test_sft_trainer_logs_what_trl_logs(mode, changes, folder, tmp_path):
-    """TRL's packing runs on transformers' block-diagonal mask there, and on documents here."""
-    patch = lambda trainer: pack_causal_lm(trainer.model, *PACKINGS[mode])  # noqa: E731
-    log, _ = train("SFT", folder, tmp_path, patch, completions(), **changes)
-    expected, _ = train("SFT", folder, tmp_path, None, completions(), **changes)
-    assert_same_logs(log, expected)
+@pytest.mark.parametrize(("kind", "setting", "mode"), CASES)
+def test_a_trainer_logs_what_trl_logs(kind, setting, mode, log_of):
+    assert_same_logs(log_of(kind, setting, mode), log_of(kind, setting, None), rel=2e-3, abs=2e-4)
 
 
 def test_training_leaves_generation_as_it_is(folder, tmp_path):
-    _, trainer = train("SFT", folder, tmp_path, lambda trainer: pack_causal_lm(trainer.model), completions())
+    trainer = train("SFT", "full", "packed", folder, tmp_path)
     trainer.model.eval().save_pretrained(tmp_path / "saved")
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved").eval()
     ids, mask = torch.randint(3, 300, (2, 6)), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
@@ -384,27 +374,33 @@ def test_training_leaves_generation_as_it_is(folder, tmp_path):
 # Refusals
 
 
-def test_dropout_with_a_shared_prefix_is_refused():
-    model = build("Llama")
-    peft_model = get_peft_model(model, LoraConfig(lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM"))
-    with pytest.raises(ValueError, match="share_prefix.*q_proj.*dropout of 0.1.*disable_dropout: true"):
-        pack_causal_lm(peft_model, True, True)
+def with_dropout():
+    lora = LoraConfig(lora_dropout=0.1, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    return get_peft_model(build("Llama"), lora)
 
 
-def test_virtual_tokens_are_refused():
-    model = get_peft_model(build("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
-    with pytest.raises(ValueError, match="packing: PromptTuningConfig.*virtual tokens.*packing: false"):
-        pack_causal_lm(model, True)
+def with_virtual_tokens():
+    return get_peft_model(build("Llama"), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
 
 
-def test_a_vision_language_model_is_refused():
+def with_images():
     text = SIZES | GQA | dict(head_dim=4, model_type="gemma3_text")
     vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28)
-    config = transformers.Gemma3Config(
-        text_config=text, vision_config=vision | dict(patch_size=14), mm_tokens_per_image=4
-    )
-    with pytest.raises(ValueError, match="packing: Gemma3ForConditionalGeneration.*more than text"):
-        pack_causal_lm(transformers.Gemma3ForConditionalGeneration(config), True)
+    parts = dict(text_config=text, vision_config=vision | dict(patch_size=14))
+    return transformers.Gemma3ForConditionalGeneration(transformers.Gemma3Config(**parts, mm_tokens_per_image=4))
+
+
+@pytest.mark.parametrize(
+    ("build_refused", "share_prefix", "message"),
+    [
+        (with_dropout, True, "share_prefix.*q_proj.*dropout of 0.1.*disable_dropout: true"),
+        (with_virtual_tokens, False, "packing: PromptTuningConfig.*virtual tokens.*packing: false"),
+        (with_images, False, "packing: Gemma3ForConditionalGeneration.*more than text"),
+    ],
+)
+def test_a_model_that_packing_would_change_is_refused(build_refused, share_prefix, message):
+    with pytest.raises(ValueError, match=message):
+        pack_causal_lm(build_refused(), True, share_prefix)
 
 
 # Lengths and batches
@@ -413,9 +409,8 @@ def test_a_vision_language_model_is_refused():
 @settings(deadline=None)
 @given(rows=batches, max_length=st.sampled_from([None, 1, 6]))
 def test_pair_lengths_are_the_lengths_of_the_packed_rows(rows, max_length):
-    columns = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), map(list, zip(*rows, strict=True)), strict=True))
-    features = {name: [[int(x) for x in row] for row in column] for name, column in columns.items()}
-    lengths, saved = pair_lengths(Dataset.from_dict(features), max_length)
+    columns = map(list, zip(*rows, strict=True))
+    lengths, saved = pair_lengths(Dataset.from_dict(dict(zip(SIDES, columns, strict=True))), max_length)
     for row, length, saving in zip(rows, lengths, saved, strict=True):
         batch = collate([row], max_length=max_length)
         for share_prefix, expected in ((False, length), (True, length - saving)):
@@ -518,8 +513,5 @@ def test_transformers_and_accelerate_hand_the_batches_on_and_skip_them(folder, t
     resumed = skip_first_batches(loader, 3)
     resumed.batch_sampler.batch_sampler.set_epoch(2)
     for batch, ids in zip(resumed, expected[3:], strict=True):
-        chosen = batch["input_ids"][: len(ids)]
-        assert all(
-            row[mask].tolist() == x
-            for row, mask, x in zip(chosen, batch["completion_mask"][: len(ids)].bool(), ids, strict=True)
-        )
+        masks = batch["completion_mask"].bool()
+        assert [row[mask].tolist() for row, mask in zip(batch["input_ids"], masks, strict=True)][: len(ids)] == ids
