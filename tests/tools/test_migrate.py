@@ -1,6 +1,7 @@
 """Settings of other systems become a recipe that parses; nothing is dropped without a word."""
 
 import re
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -13,47 +14,8 @@ from tunebook.tools.cli import app
 from tunebook.tools.conversions import CONVERSIONS, share_of
 from tunebook.tools.migrate import LAUNCH, list_keys, migrate, read_table, tables
 
-MIXTURE = """\
-model_name_or_path: org/base
-torch_dtype: bfloat16
-dataset_mixture:
-  datasets:
-    - {id: org/a, config: all, split: train_sft, columns: [messages], weight: 0.5}
-    - {id: org/b, columns: [messages]}
-  seed: 0
-  test_split_size: 1000
-chat_template: "{% for m in messages %}\\n{{ m['content'] }}{% endfor %}"
-max_seq_length: 2048
-packing: true
-packing_strategy: ffd
-warmup_ratio: 0.1
-eval_strategy: 'no'
-per_device_eval_batch_size: 4
-push_to_hub: true
-callbacks: [push_to_hub_revision]
-hub_model_id: org/mine
-hub_model_revision: v1
-overwrite_output_dir: true
-learning_rate: 2.0e-05
-gradient_checkpointing: true
-benchmarks: [lcb_v4]
-hub_token: hf_secret
-mystery: 7
-output_dir: data/mine
-"""
-DOTTED = """\
-set -x
-read -r -d '' training_commands <<EOF
-openrlhf.cli.train_rm \\
-   --model.model_name_or_path org/sft --ckpt.output_dir ./rm\\
-   --ckpt.save_steps 50 --train.batch_size 256 --train.micro_batch_size 4 \\
-   --data.dataset org/pairs,my.jsonl@part --data.dataset_probs 0.4,1.2 --data.apply_chat_template \\
-   --data.max_len 8192 --adam.betas 0.9 0.99 --eval.dataset org/eval --eval.steps -1 \\
-   --model.loss_type logexp --model.compute_fp32_loss_enable --ds.packing_samples --ds.zero_stage 3 --ds.zpg 8
-EOF
-    # --logger.wandb.key [WANDB_TOKENS]
-deepspeed --module $training_commands
-"""
+MIXTURE = Path(__file__).parent / "open_r1" / "sft" / "config.yaml"
+DOTTED = Path(__file__).parent / "openrlhf" / "train_rm.sh"
 OLD = """\
 deepspeed --module openrlhf.cli.train_rm --pretrain org/sft --save_path ./rm --save_steps 50 --train_batch_size 256 \
 --micro_train_batch_size 4 --dataset org/pairs,my.jsonl@part --dataset_probs 0.4,1.2 --apply_chat_template \
@@ -66,11 +28,8 @@ TURNS = {"prompt_template": None}
 
 
 @pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    path = tmp_path_factory.mktemp("recipes") / "sft" / "config.yaml"
-    path.parent.mkdir()
-    path.write_text(MIXTURE)
-    return migrate(str(path))
+def mixture():
+    return migrate(str(MIXTURE))
 
 
 def parsed(done, tmp_path):
@@ -106,7 +65,7 @@ def test_what_an_open_r1_recipe_loses_is_listed_with_the_reason(mixture):
 
 def test_a_test_set_in_rows_is_shared_by_the_sources_that_are_split_one_by_one(tmp_path):
     path = tmp_path / "sft.yaml"
-    path.write_text(MIXTURE.replace("eval_strategy: 'no'", "eval_strategy: epoch"))
+    path.write_text(MIXTURE.read_text().replace("eval_strategy: 'no'", "eval_strategy: epoch"))
     assert parsed(migrate(str(path)), tmp_path)["test_split_size"] == 1000 / 2
 
 
@@ -121,10 +80,8 @@ def test_the_mixer_of_older_recipes_becomes_a_data_set_with_its_splits(tmp_path)
     assert parsed(migrate(str(path)), tmp_path).items() >= expected.items()
 
 
-def test_old_and_new_flags_of_openrlhf_give_the_same_recipe(tmp_path):
-    script = tmp_path / "train.sh"
-    script.write_text(DOTTED)
-    new, old = migrate(str(script)), migrate(OLD)
+def test_old_and_new_flags_of_openrlhf_give_the_same_recipe():
+    new, old = migrate(str(DOTTED)), migrate(OLD)
     assert new.recipe == old.recipe
     assert list(new.left.values()) == list(old.left.values())
     assert list(new.left) == ["--ds.zpg 8"] and list(old.left) == ["--zpg 8"]
