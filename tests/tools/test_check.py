@@ -1,6 +1,5 @@
 """tunebook check: what it says of a recipe, and that it finds the faults that a newcomer makes."""
 
-import json
 import os
 import re
 import subprocess
@@ -18,6 +17,7 @@ from typer.testing import CliRunner
 
 from tunebook.environment import Sharding
 from tunebook.errors import RecipeError
+from tunebook.files import read_rows
 from tunebook.recipe import find_task, parse, read_recipe
 from tunebook.tools import check as preflight
 from tunebook.tools.check import DEVICES, LEARNING_RATES, check, find_device, read_sharding, wilson
@@ -59,48 +59,36 @@ def warnings(output: str) -> list[str]:
 @pytest.mark.parametrize("task", ["sft", "rm", "dpo"])
 def test_a_healthy_recipe_gives_no_warning_and_code_0(report, task, keys):
     code, output = report(task, **keys)
-    assert code == 0
-    assert not warnings(output), output
-    assert "No warnings." in output
+    assert code == 0 and not warnings(output) and "No warnings." in output, output
 
 
-def test_an_end_that_is_never_trained_is_found(report):
-    rows = [{"messages": chat(user=question(i), assistant="five")} for i in range(8)]
-    [warning] = warnings(report(rows=rows, chat_template=NO_END)[1])
-    assert "<|im_end|>) is never trained" in warning and "eos_token" in warning
+ANSWERS = [{"messages": chat(user=question(i), assistant="five")} for i in range(8)]
+BRIEF = [{"messages": chat(system="be brief", user="two?", assistant="five")[i % 2 :]} for i in range(8)]
+LONG = [{"prompt": "one ", "completion": "five " * (40 if i % 5 < 2 else 4)} for i in range(40)]
+PAIRS = [
+    {"prompt": chat(user="what is two?"), "chosen": chat(assistant=f"good {i}"), "rejected": chat(assistant=f"bad {i}")}
+    for i in range(8)
+]
+SYSTEM_PROMPT = {"apply_chat_template": True, "system_prompt": "be brief"}
 
 
-@pytest.mark.parametrize("task", ["rm", "dpo"])
-def test_an_answer_of_a_pair_that_does_not_end_is_found(report, task):
-    sides = [{side: chat(assistant=f"{side} {i}") for side in ("chosen", "rejected")} for i in range(8)]
-    rows = [{"prompt": chat(user="what is two?"), **pair} for pair in sides]
-    assert "never trained" in warnings(report(task, rows=rows, chat_template=NO_END)[1])[0]
+@pytest.mark.parametrize(
+    ("task", "rows", "keys", "message"),
+    [
+        ("sft", ANSWERS, {"chat_template": NO_END}, r"<\|im_end\|>\) is never trained(.*)eos_token"),
+        ("rm", PAIRS, {"chat_template": NO_END}, "never trained"),
+        ("dpo", PAIRS, {"chat_template": NO_END}, "never trained"),
+        ("sft", BRIEF, {"chat_template": NO_SYSTEM}, "drops the system turn of 4 of 4 rows"),
+        ("sft", None, SYSTEM_PROMPT | {"chat_template": NO_SYSTEM}, "drops the system turn of 48 of 48 rows"),
+        ("sft", LONG, {"max_length": 32}, "^40% of the rows are cut at max_length 32"),
+        ("rm", None, {"max_length": 17}, r"^\d+% of the rows are dropped \(\d+% longer than max_length\)"),
+        ("sft", None, {"max_steps": 10, "warmup_steps": 100}, "warmup_steps is 100, but the run has 10 steps"),
+    ],
+)
+def test_a_fault_is_the_one_warning(report, task, rows, keys, message):
+    [warning] = warnings(report(task, rows=rows, **keys)[1])
+    assert re.search(message, warning)
     assert not warnings(report(task, rows=rows)[1])
-
-
-def test_a_template_that_drops_the_system_turn_is_found(report):
-    turns = chat(system="be brief", user="two?", assistant="five")
-    rows = [{"messages": turns[i % 2 :]} for i in range(8)]
-    [warning] = warnings(report(rows=rows, chat_template=NO_SYSTEM)[1])
-    assert "drops the system turn of 4 of 4 rows" in warning
-    assert not warnings(report(rows=rows)[1])
-
-
-def test_a_system_prompt_that_the_template_drops_is_found(report):
-    keys = {"apply_chat_template": True, "system_prompt": "be brief"}
-    [warning] = warnings(report(**keys, chat_template=NO_SYSTEM)[1])
-    assert "drops the system turn of 48 of 48 rows" in warning
-
-
-def test_rows_that_are_cut_are_found(report):
-    rows = [{"prompt": "one ", "completion": "five " * (40 if i % 5 < 2 else 4)} for i in range(40)]
-    [warning] = warnings(report(rows=rows, max_length=32)[1])
-    assert warning.startswith("40% of the rows are cut at max_length 32")
-
-
-def test_rows_that_are_dropped_are_found_with_the_reason(report):
-    [warning] = warnings(report("rm", max_length=17)[1])
-    assert re.match(r"\d+% of the rows are dropped \(\d+% longer than max_length\)", warning)
 
 
 @pytest.mark.parametrize(("rate", "word"), [(2, "above"), (1e-9, "below")])
@@ -131,16 +119,11 @@ def test_every_shipped_recipe_is_within_the_bounds():
         assert low <= recipe["learning_rate"] <= high, path
 
 
-def test_a_warm_up_longer_than_the_run_is_found(report):
-    [warning] = warnings(report(max_steps=10, warmup_steps=100)[1])
-    assert "warmup_steps is 100, but the run has 10 steps" in warning
-
-
 @pytest.fixture
 def judge(tiny, tokenizer, pair_rows, tmp_path) -> str:
     """A reward model that is above 0 for a text with a token that only chosen answers have: its one layer averages over
     the text a number that only those tokens carry."""
-    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    rows = read_rows(pair_rows)
     seen = {side: {i for row in rows for i in tokenizer(row[side])["input_ids"]} for side in ("chosen", "rejected")}
     config = LlamaConfig(**{**build_model(len(tokenizer)).config.to_dict(), "num_hidden_layers": 1, "num_labels": 1})
     config.pad_token_id = tokenizer.pad_token_id
@@ -159,11 +142,9 @@ def judge(tiny, tokenizer, pair_rows, tmp_path) -> str:
 @pytest.mark.parametrize("task", ["rm", "dpo"])
 def test_swapped_pairs_are_found_by_a_reward_model(report, judge, task):
     output = report(task, reward_model=judge)[1]
-    assert "prefers chosen in 100% of 48 pairs (93% to 100%)" in output
-    assert not warnings(output)
+    assert "prefers chosen in 100% of 48 pairs (93% to 100%)" in output and not warnings(output)
     [warning] = warnings(report(task, reward_model=judge, chosen_column="rejected", rejected_column="chosen")[1])
-    assert "prefers the rejected answer in 100% of 48 pairs" in warning
-    assert "chosen_column" in warning
+    assert "prefers the rejected answer in 100% of 48 pairs" in warning and "chosen_column" in warning
 
 
 @pytest.mark.parametrize(("wins", "count"), [(0, 20), (13, 48), (48, 48)])
@@ -214,23 +195,19 @@ def test_the_first_thing_to_change_makes_the_largest_part_smaller(report, monkey
     parts = [Part(name, 1e18 if name == largest else 1.0, "") for name in names]
     monkeypatch.setattr(preflight, "estimate", lambda workload: parts)
     code, output = report(task, **keys)
-    assert code == 1
-    assert f"First {change}" in warnings(output)[-1]
+    assert code == 1 and f"First {change}" in warnings(output)[-1]
 
 
 def test_checkpoints_that_fill_the_disk_give_code_1(report, monkeypatch):
     usage = preflight.shutil.disk_usage("/")._replace(free=10_000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda folder: usage)
     code, output = report()
-    assert code == 1
-    assert "Set save_total_limit: 1" in warnings(output)[0]
+    assert code == 1 and "Set save_total_limit: 1" in warnings(output)[0]
 
 
 def test_rows_of_which_none_can_be_trained_on_give_code_1(report):
     code, output = report("rm", max_length=2)
-    assert code == 1
-    assert "No row of" in output
-    assert "longer than max_length" in output
+    assert code == 1 and "No row of" in output and "longer than max_length" in output
 
 
 @pytest.mark.slow
@@ -248,8 +225,7 @@ def test_the_command_takes_overrides_and_finds_task_and_sharding(tiny, sft_rows,
     overrides = ["--learning_rate", "2", "--max_steps", "7"]
     machine = ["--device", "h100-80gb", "--accelerate-config", "zero3", "--num-processes", "4"]
     result = CliRunner().invoke(app, ["check", str(path), *machine, *overrides])
-    assert result.exit_code == 0
-    assert "learning_rate 2 is above" in result.output
+    assert result.exit_code == 0 and "learning_rate 2 is above" in result.output
     assert re.search(r"steps +7 \(.*x 4 devices", result.output, re.DOTALL)
 
 
@@ -296,8 +272,7 @@ def test_a_sample_says_nearly_what_all_rows_say(report, monkeypatch):
     keys = {"rows": rows, "max_length": 40, "packing": True}
     monkeypatch.setattr(preflight, "SAMPLE", 300)
     sampled, whole = report(**keys)[1], report(**keys, full=True)[1]
-    assert "30.0% of the training rows" in sampled
-    assert "of the training rows" not in whole
+    assert "30.0% of the training rows" in sampled and "of the training rows" not in whole
     steps, cut = (
         [float(re.search(pattern, text)[1]) for text in (sampled, whole)]
         for pattern in (r"steps (\d+) \(", r"(\d+)% of the rows are cut")
@@ -307,7 +282,7 @@ def test_a_sample_says_nearly_what_all_rows_say(report, monkeypatch):
 
 
 def test_tokens_are_counted_as_the_trainer_gets_them(report, tokenizer, pair_rows):
-    rows = [json.loads(line) for line in pair_rows.read_text().splitlines()]
+    rows = read_rows(pair_rows)
     texts = [row["prompt"] + row[side] + "<|im_end|>" for side in ("chosen", "rejected") for row in rows]
     total = np.array([len(tokenizer(text)["input_ids"]) for text in texts])
     expected = f"total tokens {np.median(total):.0f} / {np.quantile(total, 0.95):.0f} / {total.max()}"
