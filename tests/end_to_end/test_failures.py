@@ -10,8 +10,6 @@ from tunebook.checkpoints import MANIFEST, DiskFullError
 
 pytestmark = pytest.mark.slow
 PAGE = 4096
-
-
 KEYS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
 
 
@@ -49,7 +47,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", str(folder)], capture_output=True)
 
 
-# Of the second checkpoint: room for some of the weights, and for the weights and some of the optimizer's states
+# The disk has room for some of the second checkpoint's weights, or for its weights and some of the optimizer's states
 @pytest.mark.parametrize("share, said", [(0.15, "os error 28"), (0.6, "inline_container")])
 def test_a_full_disk_leaves_the_checkpoint_before_whole_and_with_room_the_run_resumes(
     share, said, small_disk, uninterrupted, tiny, sft_rows
@@ -68,7 +66,7 @@ def test_a_full_disk_leaves_the_checkpoint_before_whole_and_with_room_the_run_re
     assert_same_weights(folder, uninterrupted)
 
 
-def test_a_model_that_cannot_be_saved_gives_one_message_and_saved_by_the_same_command(
+def test_a_model_that_cannot_be_saved_gives_one_message_and_is_saved_by_the_same_command(
     small_disk, uninterrupted, tiny, sft_rows
 ):
     size = pages(uninterrupted / "checkpoint-4")

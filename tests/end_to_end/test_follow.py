@@ -11,21 +11,12 @@ from hub_server import HubServer
 from tunebook.files import read_rows
 
 pytestmark = pytest.mark.slow
-EVALUATED = {
-    "eval_strategy": "steps",
-    "eval_steps": 2,
-    "test_split_size": 8,
-    "benchmarks": ["arithmetic_choice"],
-    "eval_prompts": ["what is 2 plus 3?", "what is 1 plus 1?"],
-    "eval_generation_kwargs": {"max_new_tokens": 4},
-    "eval_metrics": ["generation_metrics:length"],
-}
-
-
-def recipe(tiny, rows, output_dir, **changes) -> dict:
-    keys = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
-    keys |= {"callbacks": ["push_to_hub_revision"], "hub_model_id": "me/notes", "hub_revision": "v1"}
-    return short_recipe(tiny, rows, output_dir, **keys, **changes)
+KEYS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+KEYS |= {"callbacks": ["push_to_hub_revision"], "hub_model_id": "me/notes", "hub_revision": "v1"}
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "test_split_size": 8, "benchmarks": ["arithmetic_choice"]}
+EVALUATED |= {"eval_prompts": ["what is 2 plus 3?", "what is 1 plus 1?"], "eval_metrics": ["generation_metrics:length"]}
+EVALUATED |= {"eval_generation_kwargs": {"max_new_tokens": 4}}
+REVISIONS = [f"v1-step-{step:09d}" for step in (2, 4, 6)] + ["v1"]
 
 
 def environment(endpoint: str, folder) -> dict[str, str]:
@@ -38,22 +29,21 @@ def environment(endpoint: str, folder) -> dict[str, str]:
 
 
 def test_a_slow_hub_gets_three_revisions_with_scores_and_generations(tiny, sft_rows, tmp_path):
+    keys = short_recipe(tiny, sft_rows, tmp_path / "o", **KEYS, **EVALUATED)
     with HubServer() as hub:
         hub.delay("/preupload/", 0.4)
         env = environment(hub.url, tmp_path)
-        done = launch("src/sft.py", *options(recipe(tiny, sft_rows, tmp_path / "o", **EVALUATED)), env=env)
+        done = launch("src/sft.py", *options(keys), env=env)
         assert done.returncode == 0, done.stderr[-4000:]
         load = (
             "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer as T\n"
             "for r in sys.argv[1:]: [c.from_pretrained('me/notes', revision=r) for c in (M, T)]"
         )
-        revisions = [f"v1-step-{step:09d}" for step in (2, 4, 6)] + ["v1"]
-        subprocess.run([sys.executable, "-c", load, *revisions], env=env, check=True, timeout=120)
+        subprocess.run([sys.executable, "-c", load, *REVISIONS], env=env, check=True, timeout=120)
     assert [path.name for path in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-6"]
     rows = read_rows(tmp_path / "o" / "benchmarks.jsonl")
-    assert [(row["step"], row["status"]) for row in rows] == [(2, "completed"), (4, "completed"), (6, "completed")]
-    generations = read_rows(tmp_path / "o" / "generations.jsonl")
-    assert {row["step"] for row in generations} == {2, 4, 6}
+    assert [(row["step"], row["status"]) for row in rows] == [(step, "completed") for step in (2, 4, 6)]
+    assert {row["step"] for row in read_rows(tmp_path / "o" / "generations.jsonl")} == {2, 4, 6}
     card = (tmp_path / "o" / "README.md").read_text()
     assert "## Benchmarks" in card and "model-index" in card and "## Recipe" in card
 
@@ -62,7 +52,7 @@ def test_a_hub_that_is_down_stops_nothing_and_the_run_says_what_to_push(tiny, sf
     with HubServer() as hub:
         url = hub.url
     env = environment(url, tmp_path)
-    done = launch("src/sft.py", *options(recipe(tiny, sft_rows, tmp_path / "o")), env=env)
+    done = launch("src/sft.py", *options(short_recipe(tiny, sft_rows, tmp_path / "o", **KEYS)), env=env)
     assert done.returncode == 0, done.stderr[-4000:]
     assert "v1-step-000000002" in done.stderr and f"tunebook push {tmp_path / 'o'}" in done.stderr
     with HubServer() as hub:
@@ -70,4 +60,4 @@ def test_a_hub_that_is_down_stops_nothing_and_the_run_says_what_to_push(tiny, sf
         push = [sys.executable, "-c", "from tunebook.tools.cli import app; app()", "push", str(tmp_path / "o")]
         env["PYTHONPATH"] = str(ROOT / "src")
         subprocess.run(push, env=env, check=True, timeout=120)
-        assert {f"v1-step-{step:09d}" for step in (2, 4, 6)} | {"v1"} <= set(hub.repos["me/notes"].branches)
+        assert set(REVISIONS) <= set(hub.repos["me/notes"].branches)
