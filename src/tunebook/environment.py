@@ -15,16 +15,11 @@ LAUNCHER_VARIABLES = {
 
 @dataclass(frozen=True)
 class Sharding:
-    """How accelerate spreads a run.
+    """How accelerate spreads a run."""
 
-    Attributes:
-        engine: "none", "ddp", "deepspeed" or "fsdp".
-        stage: ZeRO's stage; 3 under FSDP.
-    """
-
-    engine: str = "none"
+    engine: str = "none"  # or "ddp", "deepspeed", "fsdp"
     processes: int = 1
-    stage: int = 0
+    stage: int = 0  # ZeRO's; 3 under FSDP
     offload_optimizer: bool = False
     offload_weights: bool = False
 

@@ -40,7 +40,7 @@ def test_all_mistakes_are_said_at_once():
 def test_every_rule_and_condition_names_keys_that_exist():
     assert {name for name, _ in NEEDS} | set(RANGES) <= KEYS
     fields = [field for task in TASKS for field, _ in parser.task_keys(task).values()]
-    conditions = [need for field in fields for need in parser.needs_of(field)] + [need for _, need in NEEDS]
+    conditions = [need for field in fields for need in field.metadata.get("needs", ())] + [need for _, need in NEEDS]
     for condition in conditions + [rule["if"] for rule in RULES["contradictions"]]:
         for term in re.split(", or | and ", condition.partition("; ")[0]):
             assert TERM.fullmatch(term)["key"] in KEYS | {"task"}, condition

@@ -77,11 +77,8 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, has_turns: bool) -> None
     added = tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.chat_template = CHATML
     tokenizer.eos_token = "<|im_end|>"
-    logger.warning(
-        "The tokenizer has no chat template, so ChatML is used, with EOS <|im_end|> and %d new tokens. Set "
-        "`chat_template` or `chat_template_path` to use a different one.",
-        added,
-    )
+    message = "The tokenizer has no chat template, so ChatML is used, with EOS <|im_end|> and %d new tokens. "
+    logger.warning(message + "Set `chat_template` or `chat_template_path` to use a different one.", added)
 
 
 def end_of_turn_ids(tokenizer: PreTrainedTokenizerBase, known: int | list[int] | None) -> list[int]:

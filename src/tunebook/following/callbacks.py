@@ -16,8 +16,8 @@ from .hub import PushToHubRevisionCallback
 from .pairs import PairAccuracyCallback
 
 
-def load_callbacks(names: Sequence[str]) -> list[TrainerCallback]:
-    """Build the user's own callbacks, each `module:Class`, without arguments.
+def import_callbacks(names: Sequence[str]) -> list[type[TrainerCallback]]:
+    """Import the classes of the user's own callbacks, each `module:Class`.
 
     Raises:
         ValueError: one cannot be imported, or is not the class of a TrainerCallback.
@@ -26,7 +26,7 @@ def load_callbacks(names: Sequence[str]) -> list[TrainerCallback]:
     for name, cls in classes.items():
         if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
             raise ValueError(f"`callbacks`: {name} is not the class of a TrainerCallback.")
-    return [cls() for cls in classes.values()]
+    return list(classes.values())
 
 
 def validate_callbacks(args: RunConfig, resumes: bool) -> None:
@@ -36,7 +36,7 @@ def validate_callbacks(args: RunConfig, resumes: bool) -> None:
         ValueError: naming the key and what to set.
         ConnectionError: the Hub cannot be reached, and hub_push_failure is "raise".
     """
-    load_callbacks(args.callbacks)
+    import_callbacks(args.callbacks)
     PushToHubRevisionCallback.validate(args, resumes)
     if isinstance(args, RewardConfig):
         PairAccuracyCallback.validate(args)
@@ -62,7 +62,7 @@ def build_callbacks(trainer: Trainer, script: ScriptArguments, prompts: Sequence
         callbacks.append(GenerationCallback(trainer, script, prompts))
     if isinstance(args, RewardConfig) and args.pair_benchmarks:
         callbacks.append(PairAccuracyCallback(trainer, script))
-    return callbacks + load_callbacks(args.callbacks)
+    return callbacks + [cls() for cls in import_callbacks(args.callbacks)]
 
 
 def finish_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback], model_folder: Path) -> None:

@@ -24,7 +24,7 @@ from matplotlib.ticker import MaxNLocator
 
 from ..checkpoints import list_checkpoints
 from ..errors import RecipeError
-from ..files import read_rows, write_yaml
+from ..files import read_rows, read_yaml, write_yaml
 from .generations import TABLE
 from .scores import REWARDS_FILE, ROWS_FILE, BenchmarkRow, flatten, read_scored_rows
 from .trackers import COUNTERS
@@ -37,19 +37,8 @@ FOLDER = Path(__file__).parent
 REPORT = "report.html"
 THEMES = [[FOLDER / "report.mplstyle", FOLDER / f"{name}.mplstyle"] for name in ("light", "dark")]
 
-CURVES = {  # key of the log without eval_: title and label of the axis
-    "loss": ("Loss", "loss"),
-    "mean_token_accuracy": ("Next-token accuracy", "share of tokens"),
-    "accuracy": ("Pair accuracy", "share of pairs"),
-    "margin": ("Reward margin", "reward, chosen - rejected"),
-    "rewards/accuracies": ("Pair accuracy", "share of pairs"),
-    "rewards/margins": ("Implicit reward margin", "reward, chosen - rejected"),
-    "learning_rate": ("Learning rate", "learning rate"),
-    "muon_learning_rate": ("Learning rate of Muon", "learning rate"),
-    "grad_norm": ("Gradient norm", "L2 norm before clipping"),
-    "tokens_per_second": ("Speed", "tokens/s, all devices"),
-    "mfu": ("Model FLOPs utilization", "share of the bf16 peak"),
-}
+# Key of the log without eval_ -> title and label of the axis
+CURVES = read_yaml((FOLDER / "curves.yaml").read_text(encoding="utf-8"), "curves.yaml")
 
 
 @dataclass(frozen=True)
@@ -91,14 +80,9 @@ def read_run(folder: Path, name: str) -> RunFolder:
         raise RecipeError(f"{folder} is not the folder of a run (its output_dir): there is no {RECORD_FILE}.")
     nothing = {"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []}
     states = [read_json(path / STATE_FILE) for path in (folder, *list_checkpoints(folder)[-1:])]
-    return RunFolder(
-        name,
-        record,
-        max(filter(None, [*states, nothing]), key=lambda state: state["global_step"]),
-        read_scored_rows(folder / ROWS_FILE),
-        read_rows(folder / f"{TABLE}.jsonl"),
-        read_rewards(folder / REWARDS_FILE),
-    )
+    state = max(filter(None, [*states, nothing]), key=lambda state: state["global_step"])
+    benchmarks, generations = read_scored_rows(folder / ROWS_FILE), read_rows(folder / f"{TABLE}.jsonl")
+    return RunFolder(name, record, state, benchmarks, generations, read_rewards(folder / REWARDS_FILE))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

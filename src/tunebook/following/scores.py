@@ -18,25 +18,17 @@ Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
 
 @dataclass
 class BenchmarkRow:
-    """One benchmark of one model: a line of `benchmarks.jsonl`.
+    """One benchmark of one model: a line of `benchmarks.jsonl`."""
 
-    Attributes:
-        step: step of the checkpoint; None for a model that this run did not train.
-        status: "completed", "failed" or "timed out".
-        seconds: how long the benchmark ran.
-        stderr: standard errors of the scores that have one.
-        error: what failed, and the end of the log.
-    """
-
-    step: int | None
+    step: int | None  # of the checkpoint; None for a model that this run did not train
     benchmark: str
     model: str
     revision: str | None = None
-    status: str = "completed"
+    status: str = "completed"  # or "failed", "timed out"
     seconds: float = 0.0
     scores: Scores = field(default_factory=dict)
-    stderr: Scores = field(default_factory=dict)
-    error: str = ""
+    stderr: Scores = field(default_factory=dict)  # standard errors of the scores that have one
+    error: str = ""  # what failed, and the end of the log
 
     def tracker_scores(self) -> dict[str, float]:
         """Return the scores as trackers and `metric_for_best_model` name them: eval_bench_<task>_<metric>."""

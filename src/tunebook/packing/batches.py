@@ -56,10 +56,9 @@ def list_offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 class TokenBatchSampler(BatchRebalanceSampler):
     """Batches with an even number of packed tokens, for one rank.
 
-    The batches of an epoch are a function of the seed and of the epoch, and as many in every epoch, so that skipping
-    the first of them resumes it. Every row is seen once per epoch. Where the last batches cannot have the same number
-    of rows on each rank, they are completed with up to world_size - 1 rows from the epoch's beginning, like
-    accelerate's, or left out (`drop_last`).
+    An epoch's batches depend on the seed and the epoch only, and are as many in every epoch, so that skipping the first
+    of them resumes it. Every row is seen once per epoch. Where the last batches cannot have the same number of rows on
+    each rank, they are completed with up to world_size - 1 rows from the epoch's beginning, like accelerate's.
 
     With `rows_per_batch`, each epoch is shuffled and cut into windows of `WINDOW` optimizer steps. A window is dealt
     into steps, and a step into batches of nearly equal tokens. Which rows a step has depends on its number of rows
@@ -70,25 +69,18 @@ class TokenBatchSampler(BatchRebalanceSampler):
     It is a `BatchRebalanceSampler` so that the Trainer takes it in place of a sampler. transformers' own counts padded
     tokens and gives the ranks different numbers of rows, which TRL's metrics cannot gather.
 
-    Args:
-        lengths: (rows,) packed tokens of each row or pair.
-        rows_per_batch: rows in a batch.
-        max_tokens: the most packed tokens in a batch, in place of rows_per_batch.
-        gradient_accumulation_steps: batches that a rank has in an optimizer step.
-        seed, rank, world_size: the same seed on all ranks.
-
     Raises:
         ValueError: a row is longer than max_tokens.
     """
 
-    lengths: np.ndarray
+    lengths: np.ndarray  # (rows,) packed tokens of each row or pair
     rows_per_batch: int | None = None
-    max_tokens: int | None = None
-    gradient_accumulation_steps: int = 1
-    seed: int = 0
+    max_tokens: int | None = None  # the most packed tokens in a batch, in place of rows_per_batch
+    gradient_accumulation_steps: int = 1  # batches that a rank has in an optimizer step
+    seed: int = 0  # the same on all ranks
     rank: int = 0
     world_size: int = 1
-    drop_last: bool = False
+    drop_last: bool = False  # leave out the last batches where they would have to be completed
     epoch: int = field(default=0, init=False)  # BatchRebalanceSampler.set_epoch
     filled: list[np.ndarray] | None = field(default=None, init=False)
 

@@ -166,9 +166,7 @@ class RunConfig:
             self.bf16 = bool(self.bf16)
         if uses_fsdp() and not torch.accelerator.is_available():
             # accelerate 1.15 (state.py, line 220) lists GPU types only and silently gives DDP elsewhere
-            raise ValueError(
-                "FSDP needs a GPU; on a CPU accelerate would run DDP instead. Launch with ddp.yaml or zero3.yaml."
-            )
+            raise ValueError("FSDP needs a GPU. On a CPU accelerate would run DDP: launch with ddp.yaml or zero3.yaml.")
         # PATCH(transformers<5.25): `optim` is one of a fixed list, so another stands there while transformers checks
         # it. Waits for https://github.com/huggingface/transformers/issues/39537. Delete when muon is in the list.
         muon = self.optim == "muon"
@@ -186,11 +184,9 @@ class RunConfig:
         # Built once on nothing, so that arguments that the schedule does not take fail now and not after the data
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
         get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, self.lr_scheduler_kwargs)
+        batch, given = self.per_device_train_batch_size, self.gradient_accumulation_steps
         self.gradient_accumulation_steps = accumulation_steps(
-            self.global_batch_size,
-            self.per_device_train_batch_size,
-            self.data_parallel_size,
-            self.gradient_accumulation_steps,
+            self.global_batch_size, batch, self.data_parallel_size, given
         )
 
     @property
@@ -295,11 +291,8 @@ class DPOConfig(PreferenceConfig, CausalLMConfig, trl.DPOConfig):
 
 
 def has_fast_bf16() -> bool:
-    """Return whether this CPU has bf16 instructions.
-
-    Without them a bf16 matmul is ~80x slower than one in float32 (1.6 against 136 GFLOP/s on two cores), with them ~4x
-    faster (1,320 against 330).
-    """
+    """Return whether this CPU has bf16 instructions. Without them a bf16 matmul is ~80x slower than one in float32 (1.6
+    against 136 GFLOP/s on two cores), with them ~4x faster (1,320 against 330)."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

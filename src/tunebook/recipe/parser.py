@@ -33,36 +33,22 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """A parsed recipe.
+    """A parsed recipe."""
 
-    Attributes:
-        task: "sft", "rm" or "dpo".
-        script: which data, and how a row becomes text.
-        training: the task's config; keys of one task are read where the task is known.
-        model: which model, LoRA and quantization.
-        given: the keys that were given, in the order of the file.
-    """
-
-    task: str
-    script: configs.ScriptArguments
+    task: str  # sft, rm or dpo
+    script: configs.ScriptArguments  # the data, and how a row becomes text
     training: configs.SFTConfig | configs.RewardConfig | configs.DPOConfig
-    model: configs.ModelConfig
-    given: dict[str, Any]
+    model: configs.ModelConfig  # the model, LoRA and quantization
+    given: dict[str, Any]  # the keys that were given, in the order of the file
 
 
 @dataclass(frozen=True)
 class OldKey:
-    """A key of public recipes that ours do not have (renamed.yaml).
+    """A key of public recipes that ours do not have (renamed.yaml)."""
 
-    Attributes:
-        kind: "renamed", "removed", or "chosen": a live key of TRL or transformers that tunebook sets.
-        new: the key to set instead.
-        note: a sentence on what to do, or how the values differ.
-    """
-
-    kind: str
-    new: str | None = None
-    note: str = ""
+    kind: str  # "renamed", "removed", or "chosen": a live key of TRL or transformers that tunebook sets
+    new: str | None = None  # the key to set instead
+    note: str = ""  # a sentence on what to do, or how the values differ
 
     def message(self, name: str) -> str:
         forms = {
@@ -237,12 +223,9 @@ def describe(hint: Any) -> str:
 
 def dead_keys(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
     """Return key -> what it needs, for every given key that has no effect in this combination."""
-    needs = [(name, need) for name, (field, _) in task_keys(values["task"]).items() for need in needs_of(field)]
+    fields = {name: field for name, (field, _) in task_keys(values["task"]).items()}
+    needs = [(name, need) for name, field in fields.items() for need in field.metadata.get("needs", ())]
     return {name: need for name, need in needs + NEEDS if name in given and not holds(need, values)}
-
-
-def needs_of(field: dataclasses.Field) -> Sequence[str]:
-    return field.metadata.get("needs", ())
 
 
 def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -299,17 +282,12 @@ def parse_command_line(task: str, arguments: Sequence[str]) -> Recipe:
 
 def help_text(task: str) -> str:
     """Return every key with its type, default and help: tunebook's first, then TRL's and transformers'."""
-    groups: dict[str, list[str]] = {}
+    groups: dict[str, str] = {owner: f"\n{owner}'s keys\n\n" for owner in ("tunebook", "trl", "transformers")}
     for cls in TASKS[task]:
         for name, (field, hint) in keys_of(cls).items():
-            if name in old_keys():
-                continue
             owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
             help = " ".join(field.metadata.get("help", "").split())
-            groups.setdefault(owner.__module__.split(".")[0], []).append(
-                f"  --{name}  {describe(hint)} (default: {default(field)})\n      {help}"
-            )
-    usage = f"usage: accelerate launch src/{task}.py --config RECIPE.yaml [--key value ...]\n"
-    return usage + "".join(
-        f"\n{owner}'s keys\n\n" + "\n".join(groups[owner]) + "\n" for owner in ("tunebook", "trl", "transformers")
-    )
+            if name not in old_keys():
+                line = f"  --{name}  {describe(hint)} (default: {default(field)})\n      {help}\n"
+                groups[owner.__module__.split(".")[0]] += line
+    return f"usage: accelerate launch src/{task}.py --config RECIPE.yaml [--key value ...]\n" + "".join(groups.values())

@@ -32,15 +32,9 @@ def contradictions(v: Values) -> Iterator[str]:
         yield "`metric_for_best_model` is a benchmark's score. Set `benchmark_schedule: evaluation`."
     smoothed = holds("loss_type: robust, exo_pair, aot or aot_unpaired", v)
     if v.get("label_smoothing") and holds("loss_type: sigmoid", v) and smoothed:
-        yield (
-            "`label_smoothing` acts on sigmoid (cDPO) and on another of the losses, and TRL has one value for all. "
-            "Leave one loss out."
-        )
+        yield "`label_smoothing` is one value in TRL, but two of the losses read it differently. Leave one loss out."
     if (v.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
-        yield (
-            "`dataset_kwargs.skip_prepare_dataset` has no effect: rows are tokenized before the trainer is built. "
-            "Remove it."
-        )
+        yield "`dataset_kwargs.skip_prepare_dataset` has no effect: the trainer gets tokenized rows. Remove it."
 
 
 def mixture_contradictions(v: Values) -> Iterator[str]:

@@ -179,11 +179,10 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         number = torch.zeros_like(chosen) if subset is None else subset.to(chosen.dtype)
         pairs = self.accelerator.gather_for_metrics(torch.stack([chosen.detach(), rejected.detach(), number], dim=1))
         rewards, difference = pairs[:, :2], pairs[:, 0] - pairs[:, 1]
-        metrics["min_reward"].append(rewards.min().item())
-        metrics["mean_reward"].append(rewards.mean().item())
-        metrics["max_reward"].append(rewards.max().item())
-        metrics["accuracy"].append((difference > 0).float().mean().item())
-        metrics["margin"].append(difference.mean().item())
+        logged = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
+        logged |= {"accuracy": (difference > 0).float().mean(), "margin": difference.mean()}
+        for name, value in logged.items():
+            metrics[name].append(value.item())
         if not model.training:
             self.evaluated.append(pairs.float().cpu())
         return (loss, outputs) if return_outputs else loss
