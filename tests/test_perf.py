@@ -15,9 +15,9 @@ from transformers import AutoTokenizer
 from trl import pack_dataset
 
 
-def run(seconds: list[float], lengths: list[int], padded: int, memory: float, shared: int = 0) -> dict:
-    """A run of steps of one batch, as perf/measure.py writes it."""
-    step = {"padded": padded, "lengths": lengths, "shared": [0] * (len(lengths) - 1) + [shared], "scored": 10}
+def run(seconds: list[float], memory: float, shared: int = 0) -> dict:
+    """Return a run of steps of one batch of 30 and 10 tokens, as perf/measure.py writes it."""
+    step = {"padded": 60, "lengths": [30, 10], "shared": [0, shared], "scored": 10}
     steps = [{"seconds": taken, **step} for taken in seconds]
     return {"seconds_to_first_step": 5.0, "peak_memory": memory, "steps": steps}
 
@@ -37,14 +37,10 @@ def test_a_summary_has_medians_of_runs():
         "case": {"task": "dpo", "selective": True},
         "matmul_rates": [1e9],
         "runs": {
-            TRL: [
-                run([2, 2], [30, 10], 60, 8.0),
-                run([4, 4], [30, 10], 60, 8.0),
-                run([5, 5], [30, 10], 60, 8),
-            ],
-            TRL_NO_CHECKPOINTING: [run([1, 3], [30, 10], 60, 16.0)],
-            TUNEBOOK: [run([1, 1], [30, 10], 60, 4.0, shared=8)] * 3,
-            TUNEBOOK_NO_CHECKPOINTING: [run([1, 0.6], [30, 10], 60, 6.0, shared=8)],
+            TRL: [run([seconds, seconds], 8.0) for seconds in (2, 4, 5)],
+            TRL_NO_CHECKPOINTING: [run([1, 3], 16.0)],
+            TUNEBOOK: [run([1, 1], 4.0, shared=8)] * 3,
+            TUNEBOOK_NO_CHECKPOINTING: [run([1, 0.6], 6.0, shared=8)],
         },
     }
     summary = compare.summarize(record, compare.Size(body=100, head=10, attention=0))
@@ -60,11 +56,8 @@ def test_a_summary_has_medians_of_runs():
 def test_operations_are_those_of_a_training_step(tokenizer):
     """PyTorch's own count, which has the products of queries with the keys that they do not see, too."""
     model = build_model(len(tokenizer), num_key_value_heads=4, attn_implementation="eager")
-    size = compare.Size(
-        body=sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2),
-        head=model.lm_head.weight.numel(),
-        attention=2 * 32,
-    )
+    body = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    size = compare.Size(body=body, head=model.lm_head.weight.numel(), attention=2 * 32)
     ids = torch.randint(len(tokenizer), (1, 24))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=ids).logits.sum().backward()
@@ -78,8 +71,7 @@ def test_the_size_of_a_model_is_counted_without_its_embeddings(tmp_path):
     size = compare.Size.of(tmp_path)
     layer = 4 * 320 * 320 + 3 * 320 * 896
     assert size.body == pytest.approx(6 * layer, rel=0.01)
-    assert size.head == rows.VOCABULARY * 320
-    assert size.attention == 6 * 320
+    assert (size.head, size.attention) == (rows.VOCABULARY * 320, 6 * 320)
 
 
 def test_the_page_shows_the_committed_results():
@@ -90,7 +82,7 @@ def test_the_page_shows_the_committed_results():
 
 @pytest.mark.slow
 def test_both_sides_train_the_same_rows(quick):
-    """In the steps that are timed: the prompt in both sides of a pair, and EOS after each."""
+    """Each side of a pair has the prompt and ends with EOS; the steps are those that are timed."""
     record = quick["cases"]["dpo-shared-prompts"]
     pairs = rows.shared_prompts(2 * record["case"]["steps"])
     expected = sorted(len((row["prompt"] + row[side]).split()) + 1 for row in pairs for side in ("chosen", "rejected"))
@@ -99,8 +91,8 @@ def test_both_sides_train_the_same_rows(quick):
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
-def test_packed_rows_of_sft_are_an_epoch_of_so_many_steps(steps, tmp_path):
-    """So that an epoch of them has the rows of TRL's batches."""
+def test_packed_rows_of_sft_fill_an_epoch_of_the_given_steps(steps, tmp_path):
+    """An epoch of them then has the rows of TRL's batches."""
     rows.save_small_model(tmp_path, hidden_size=40, num_hidden_layers=1)
     drawn = rows.long_tail(8 * steps)
     length = compare.packed_length(drawn, tmp_path, steps)

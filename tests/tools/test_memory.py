@@ -133,12 +133,12 @@ def test_large_models_need_only_their_config(hidden, intermediate, layers, heads
 
 # ---- Measured runs -------------------------------------------------------------------------------------------------
 
-MEASURED = sorted(memory.RESULTS.glob("memory-*.json"))
-
 
 @pytest.fixture(scope="module")
 def sheets() -> dict:
-    return {path.stem: memory.sheet(json.loads(path.read_text())) for path in MEASURED}
+    return {
+        path.stem: memory.sheet(json.loads(path.read_text())) for path in sorted(memory.RESULTS.glob("memory-*.json"))
+    }
 
 
 def test_the_estimate_is_within_15_percent_of_every_measured_run(sheets):
@@ -151,7 +151,5 @@ def test_the_estimate_is_within_15_percent_of_every_measured_run(sheets):
 
 def test_the_table_in_the_docs_is_that_of_the_results(sheets):
     text = memory.DOCS.read_text()
-    names = re.findall(r"<!-- memory: (\S+) -->", text)
-    assert names == list(sheets)
-    for sheet in sheets.values():
-        assert sheet.markdown() in text
+    assert re.findall(r"<!-- memory: (\S+) -->", text) == list(sheets)
+    assert all(sheet.markdown() in text for sheet in sheets.values())
