@@ -59,15 +59,8 @@ def build_tokenizer(special=("<pad>", "<|im_start|>", "<|im_end|>"), template: s
 def build_model(vocab_size: int, config_class: type = LlamaConfig, **changes):
     """A random causal model of 2 layers, of the architecture of its configuration's class."""
     torch.manual_seed(0)
-    config = dict(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
+    config = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
     return AutoModelForCausalLM.from_config(config_class(**config | changes))
 
 
@@ -135,13 +128,7 @@ def free_port() -> int:
 
 def launch_command(script: str, *arguments, config: str = "cpu", processes: int = 1, **flags) -> list[str]:
     """`accelerate launch SCRIPT ARGUMENTS` as a user would write it; `flags` are the launcher's."""
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        f"configs/accelerate/{config}.yaml",
-    ]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", f"configs/accelerate/{config}.yaml"]
     flags = {"num_processes": processes, "main_process_port": free_port(), **flags}
     command += [part for name, value in flags.items() for part in (f"--{name}", str(value))]
     return [*command, script, *map(str, arguments)]

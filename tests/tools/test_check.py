@@ -250,12 +250,11 @@ def test_dry_run_checks_from_the_script_and_writes_nothing(tiny, sft_rows, tmp_p
     ],
     ids=str,
 )
-def test_a_run_has_the_steps_and_the_largest_batch_that_check_shows(report, tiny, request, tmp_path, task, keys):
+def test_a_run_has_the_steps_and_the_largest_batch_that_check_shows(report, tiny, task_rows, tmp_path, task, keys):
     keys = {"num_train_epochs": 1, "save_strategy": "no", "report_to": "none", **keys}
     output = report(task, **keys)[1]
     with Recorder() as recorder:
-        rows = request.getfixturevalue("sft_rows" if task == "sft" else "pair_rows")
-        train(task, tiny, rows, tmp_path / "out", **{**HEALTHY, **keys})
+        train(task, tiny, task_rows, tmp_path / "out", **{**HEALTHY, **keys})
     steps = recorder.result()["steps"]
     assert int(re.search(r"steps (\d+) \(", output)[1]) == len(recorder.times) - 1
     rows, tokens = map(int, re.search(r"largest batch (\d+) x (\d+) tokens", output).groups())
