@@ -30,6 +30,13 @@ def dense_attention(query, key, value, seen, scaling, softcap):
     return output
 
 
+def row_lengths(queries: list[int], keys: list[int]) -> dict:
+    """A row of documents with these numbers of queries and keys, as attention takes it."""
+    ends = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    starts = dict(cu_seq_lens_q=ends[0], cu_seq_lens_k=ends[1])
+    return dict(**starts, max_length_q=max(queries), max_length_k=max(keys))
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     documents=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=4),
@@ -52,22 +59,9 @@ def test_each_token_sees_its_document_and_the_keys_lent_to_it(documents, heads, 
             seen.append(keys[-window:] if window else keys)
         key_index.append(keys)
         start += own
-    q_lengths, k_lengths = [own for own, _ in documents], [len(keys) for keys in key_index]
-    output, _ = varlen_attention(
-        nn.Identity(),
-        query,
-        key,
-        value,
-        None,
-        scaling=scaling,
-        sliding_window=window,
-        softcap=softcap,
-        cu_seq_lens_q=torch.tensor([0, *q_lengths]).cumsum(0).int(),
-        cu_seq_lens_k=torch.tensor([0, *k_lengths]).cumsum(0).int(),
-        max_length_q=max(q_lengths),
-        max_length_k=max(k_lengths),
-        key_index=torch.tensor(sum(key_index, [])),
-    )
+    lengths = row_lengths([own for own, _ in documents], [len(keys) for keys in key_index])
+    options = dict(scaling=scaling, sliding_window=window, softcap=softcap, key_index=torch.tensor(sum(key_index, [])))
+    output, _ = varlen_attention(nn.Identity(), query, key, value, None, **options, **lengths)
     expected = dense_attention(query[0], key[0], value[0], seen, scaling, softcap)
     torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -77,11 +71,11 @@ def packed_row(device="cpu", dtype=torch.float32):
     torch.manual_seed(0)
     query, key = torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64)
     index = torch.tensor([*range(10), 0, 1, 2, *range(10, 16)])
-    lengths = dict(cu_seq_lens_q=torch.tensor([0, 10, 16]).int(), cu_seq_lens_k=torch.tensor([0, 10, 19]).int())
     tensors = dict(query=query, key=key, value=torch.randn_like(key))
     tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
-    lengths = {name: x.to(device) for name, x in (lengths | dict(key_index=index)).items()}
-    return tensors, dict(module=nn.Identity(), attention_mask=None, max_length_q=10, max_length_k=10, **lengths)
+    lengths = row_lengths([10, 6], [10, 9]) | dict(key_index=index)
+    lengths = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in lengths.items()}
+    return tensors, dict(module=nn.Identity(), attention_mask=None, **lengths)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -188,9 +182,8 @@ def test_a_model_that_packing_would_change_is_refused_by_name(name, changes, rea
 def test_a_mask_that_was_made_while_scoring_serves_training():
     """Masks are kept, and autograd refuses tensors of inference mode."""
     attention._causal_mask.cache_clear()
-    starts = [torch.tensor([0, 2]).int(), torch.tensor([0, 4]).int()]
     rows = [torch.randn(1, 1, tokens, 8, requires_grad=True) for tokens in (2, 4, 4)]
-    lengths = dict(zip(("cu_seq_lens_q", "cu_seq_lens_k"), starts, strict=True), max_length_q=2, max_length_k=4)
+    lengths = row_lengths([2], [4])
     with torch.inference_mode():
         varlen_attention(nn.Module(), *rows, None, **lengths)
     varlen_attention(nn.Module(), *rows, None, **lengths)[0].sum().backward()
