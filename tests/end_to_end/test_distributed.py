@@ -10,31 +10,16 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from tunebook import run_script
 
 pytestmark = pytest.mark.slow
+REWARDS = ["rewards/accuracies", "logps/chosen"]
+# task, keys, class of the saved model, metrics besides the losses
 RUNS = {
-    "sft": ("sft", {}),
-    "rm": ("rm", {"packing": True}),
-    "dpo": ("dpo", {"packing": True, "ref_offload": True}),
-    "dpo with LoRA": ("dpo", {"packing": True, "use_peft": True}),
+    "sft": ("sft", {}, AutoModelForCausalLM, []),
+    "rm": ("rm", {"packing": True}, AutoModelForSequenceClassification, ["accuracy", "margin"]),
+    "dpo": ("dpo", {"packing": True, "ref_offload": True}, AutoModelForCausalLM, REWARDS),
+    "dpo with LoRA": ("dpo", {"packing": True, "use_peft": True}, AutoPeftModelForCausalLM, REWARDS),
 }
-MODELS = {
-    "sft": AutoModelForCausalLM,
-    "rm": AutoModelForSequenceClassification,
-    "dpo": AutoModelForCausalLM,
-    "dpo with LoRA": AutoPeftModelForCausalLM,
-}
-METRICS = {"sft": [], "rm": ["accuracy", "margin"], "dpo": ["rewards/accuracies", "logps/chosen"]}
-
-
-KEYS = {
-    "max_steps": 4,
-    "global_batch_size": 8,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "steps",
-    "save_steps": 2,
-    "do_eval": True,
-    "test_split_size": 8,
-    "per_device_eval_batch_size": 4,
-}
+KEYS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True, "test_split_size": 8}
+KEYS |= {"global_batch_size": 8, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +28,7 @@ def recipes(tiny, sft_rows, pair_rows):
     rows = {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}
     return lambda folder: {
         name: (task, short_recipe(tiny, rows[task], folder / name, **KEYS, **changes))
-        for name, (task, changes) in RUNS.items()
+        for name, (task, changes, *_) in RUNS.items()
     }
 
 
@@ -74,10 +59,11 @@ def metrics(folder, name) -> list[float]:
 
 @pytest.mark.parametrize("run", RUNS)
 def test_two_processes_equal_one(run, one_process, two_processes):
-    for name in ["loss", "grad_norm", "eval_loss", *METRICS[RUNS[run][0]]]:
+    _, _, model, rewards = RUNS[run]
+    for name in ["loss", "grad_norm", "eval_loss", *rewards]:
         expected = metrics(one_process / run, name)
         assert expected and metrics(two_processes / run, name) == pytest.approx(expected, abs=1e-4, rel=1e-4), name
-    MODELS[run].from_pretrained(two_processes / run / "checkpoint-4")
+    model.from_pretrained(two_processes / run / "checkpoint-4")
 
 
 def test_two_processes_resume_from_their_checkpoint(two_processes):

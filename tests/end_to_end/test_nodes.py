@@ -13,15 +13,8 @@ from conftest import ROOT, assert_same_weights, launch, launch_command, options,
 from slurm_cluster import slurm_cluster
 
 pytestmark = pytest.mark.slow
-
-
-KEYS = {
-    "max_steps": 6,
-    "global_batch_size": 8,
-    "per_device_train_batch_size": 2,
-    "save_strategy": "steps",
-    "save_steps": 2,
-}
+KEYS = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+KEYS |= {"global_batch_size": 8, "per_device_train_batch_size": 2}
 
 
 def wait_for(condition, seconds: float, message=lambda: ""):
@@ -73,15 +66,9 @@ def start_on(hosts, keys, log_folder) -> list[subprocess.Popen]:
     for rank, host in enumerate(hosts):
         flags = {"num_machines": 2, "machine_rank": rank, "main_process_ip": "10.77.0.1", "main_process_port": 29500}
         command = launch_command("src/sft.py", *options(keys), config="zero3", processes=2, **flags)
-        launchers.append(
-            subprocess.Popen(
-                ["ip", "netns", "exec", host, *command],
-                cwd=ROOT,
-                env={**os.environ, "GLOO_SOCKET_IFNAME": "eth0"},
-                stdout=subprocess.DEVNULL,
-                stderr=open(log_folder / f"{rank}.log", "w"),
-            )
-        )
+        command, env = ["ip", "netns", "exec", host, *command], {**os.environ, "GLOO_SOCKET_IFNAME": "eth0"}
+        log = open(log_folder / f"{rank}.log", "w")
+        launchers.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=log))
     return launchers
 
 
