@@ -2,22 +2,25 @@
 
 import math
 import re
-import shutil
 from unittest.mock import patch
 
 import pytest
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from conftest import assert_same_weights, build_model, launch, logged, options, short_recipe, train
+from conftest import (
+    assert_same_weights,
+    build_model,
+    copy_until,
+    launch,
+    logged,
+    options,
+    save_model,
+    short_recipe,
+    train,
+)
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import (
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    LlamaForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
-)
+from transformers import GPTNeoXConfig, LlamaConfig, LlamaForSequenceClassification, MixtralConfig
 
 from tunebook.errors import RecipeError
 from tunebook.recipe import parse
@@ -48,8 +51,12 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
 
-def muon_group(parameter, **changes) -> dict:
-    return {"params": [parameter], "use_muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5, **changes}
+def muon_group(parameter) -> dict:
+    return {"params": [parameter], "use_muon": True, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.5}
+
+
+def adamw_group(parameter, **changes) -> dict:
+    return {"params": [parameter], "use_muon": False, "lr": 0.1, **changes}
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])
@@ -57,8 +64,8 @@ def test_two_updates_are_those_of_the_post(shape):
     """Nesterov momentum as an average, decoupled weight decay, sqrt(rows / columns) for tall matrices. torch iterates
     in bf16, of which a unit in the last place is 0.4%."""
     start, momentum = random(*shape, seed=1), torch.zeros(shape, dtype=torch.float64)
-    parameter, other = torch.nn.Parameter(start.float()), torch.nn.Parameter(torch.ones(3))
-    optimizer = MuonWithAdamW([muon_group(parameter), {"params": [other], "use_muon": False, "lr": 0.1}])
+    parameter = torch.nn.Parameter(start.float())
+    optimizer = MuonWithAdamW([muon_group(parameter), adamw_group(torch.nn.Parameter(torch.ones(3)))])
     expected = start.clone()
     for step in range(2):
         gradient = random(*shape, seed=2 + step)
@@ -75,9 +82,7 @@ def test_an_update_is_about_orthogonal_whatever_the_gradients_scale():
     gradient, updates = random(24, 24), []
     for scale in (1, 1e-4):
         parameter = torch.nn.Parameter(torch.zeros(24, 24))
-        optimizer = MuonWithAdamW(
-            [muon_group(parameter), {"params": [torch.nn.Parameter(torch.ones(3))], "use_muon": False}]
-        )
+        optimizer = MuonWithAdamW([muon_group(parameter), adamw_group(torch.nn.Parameter(torch.ones(3)))])
         parameter.grad = gradient.float() * scale
         optimizer.step()
         updates.append(parameter.detach().double() / -0.1)
@@ -90,7 +95,7 @@ def test_the_other_half_is_torchs_adamw_to_the_last_bit():
     settings = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.3}
     matrix = muon_group(torch.nn.Parameter(torch.ones(2, 2)))
     both = [
-        MuonWithAdamW([{"params": [ours], "use_muon": False, **settings}, matrix]),
+        MuonWithAdamW([adamw_group(ours, **settings), matrix]),
         torch.optim.AdamW([theirs], **settings, fused=True),
     ]
     for step in range(3):
@@ -100,24 +105,13 @@ def test_the_other_half_is_torchs_adamw_to_the_last_bit():
     assert torch.equal(ours, theirs)
 
 
-SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-
-
-def neox():
-    return GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES))
-
-
-def mixtral(**changes):
-    return MixtralForCausalLM(MixtralConfig(**SIZES | changes, num_key_value_heads=1, num_local_experts=2))
-
-
-def reward_model():
-    return LlamaForSequenceClassification(build_model(64, num_hidden_layers=1, num_labels=1).config)
+def build(config_class=LlamaConfig, **changes):
+    return build_model(64, config_class, num_hidden_layers=1, **changes)
 
 
 def lora(**changes):
     modules = {"target_modules": "all-linear", **changes}
-    return get_peft_model(build_model(64, num_hidden_layers=1), LoraConfig(task_type="CAUSAL_LM", **modules))
+    return get_peft_model(build(), LoraConfig(task_type="CAUSAL_LM", **modules))
 
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -125,20 +119,20 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.mark.parametrize(
-    ("build", "modules"),
+    ("build_case", "modules"),
     [
-        (lambda: build_model(64, num_hidden_layers=1), ATTENTION + MLP),
-        (lambda: build_model(64, num_hidden_layers=1, tie_word_embeddings=True), ATTENTION + MLP),
-        (neox, ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
-        (mixtral, ATTENTION),
-        (reward_model, ATTENTION + MLP),
+        (build, ATTENTION + MLP),
+        (lambda: build(tie_word_embeddings=True), ATTENTION + MLP),
+        (lambda: build(GPTNeoXConfig), ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]),
+        (lambda: build(MixtralConfig), ATTENTION),
+        (lambda: LlamaForSequenceClassification(build(num_labels=1).config), ATTENTION + MLP),
         (lora, []),
         (lambda: lora(target_modules=ATTENTION, modules_to_save=["down_proj", "lm_head"]), ["down_proj"]),
     ],
     ids=["llama", "tied", "gpt-neox", "mixtral", "reward-model", "lora", "lora-and-whole"],
 )
-def test_muon_trains_the_hidden_matrices_and_nothing_else(build, modules):
-    model = build()
+def test_muon_trains_the_hidden_matrices_and_nothing_else(build_case, modules):
+    model = build_case()
     hidden = hidden_matrices(model)
     names = [name for name, p in model.named_parameters() if p in hidden]
     leaves = [name.removesuffix(".weight").removesuffix(".modules_to_save.default").split(".")[-1] for name in names]
@@ -146,10 +140,6 @@ def test_muon_trains_the_hidden_matrices_and_nothing_else(build, modules):
 
 
 MUON = {"optim": "muon", "max_steps": 4}
-
-
-def weights(folder) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +167,7 @@ def test_every_parameter_is_in_one_group(run):
 
 def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(run, tiny, sft_rows, tmp_path):
     _, whole, changes = run
-    shutil.copytree(whole, tmp_path / "parts")
-    for step in (3, 4):
-        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{step}")
+    copy_until(2, whole, tmp_path / "parts")
     train("sft", tiny, sft_rows, tmp_path / "parts", **changes)
     assert_same_weights(tmp_path / "parts", whole)
 
@@ -194,10 +182,9 @@ def test_the_log_says_what_each_side_got(tiny, sft_rows, tmp_path, caplog):
 
 
 def test_stacked_experts_go_to_adamw_with_a_warning(tiny, sft_rows, tokenizer, tmp_path, caplog):
-    model = mixtral(vocab_size=len(tokenizer))
-    model.save_pretrained(tmp_path / "moe")
-    tokenizer.save_pretrained(tmp_path / "moe")
-    train("sft", tmp_path / "moe", sft_rows, tmp_path / "out", optim="muon", max_steps=1)
+    model = build_model(len(tokenizer), MixtralConfig, num_local_experts=2)
+    moe = save_model(tmp_path / "moe", model, tokenizer)
+    train("sft", moe, sft_rows, tmp_path / "out", optim="muon", max_steps=1)
     experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
     assert f"{experts:,} parameters of AdamW's are stacked experts" in caplog.text
 
@@ -236,31 +223,21 @@ def test_what_deepspeed_cannot_do_right_is_refused(tiny, sft_rows, tmp_path, con
         check_muon(args)
 
 
-@pytest.fixture(scope="module")
-def zero(tiny, sft_rows, tmp_path_factory):
-    """Two processes under ZeRO-2, and one without DeepSpeed on the same batches, whose iteration is the one above: the
-    gradients of a tiny model are far from full rank, and torch's bf16 makes noise of what is nearly zero."""
-    folder = tmp_path_factory.mktemp("zero")
+@pytest.mark.slow
+def test_deepspeed_routes_the_same_weights_and_takes_the_steps_of_one_process(tiny, sft_rows, tmp_path):
+    """What each weight moved by, of two processes under ZeRO-2, and of one without DeepSpeed on the same batches. Its
+    iteration is the one above, because DeepSpeed iterates in float32 on a CPU: the gradients of a tiny model are far
+    from full rank, and torch's bf16 makes noise of what is nearly zero."""
     same = {"optim": "muon", "max_grad_norm": 0, "lr_scheduler_type": "constant"}
-    recipe = short_recipe(tiny, sft_rows, folder / "sharded", per_device_train_batch_size=2, **same)
-    sharded = launch("src/sft.py", *options(recipe), config="zero2", processes=2)
-    assert sharded.returncode == 0, sharded.stderr
+    recipe = short_recipe(tiny, sft_rows, tmp_path / "sharded", per_device_train_batch_size=2, **same)
+    done = launch("src/sft.py", *options(recipe), config="zero2", processes=2)
+    assert done.returncode == 0, done.stderr
     with patch("torch.optim._muon._zeropower_via_newtonschulz", lambda gradient, *_: newton_schulz(gradient)):
-        train("sft", tiny, sft_rows, folder / "whole", **same)
-    return sharded.stderr, folder
-
-
-@pytest.mark.slow
-def test_deepspeed_routes_the_same_weights(zero):
-    log, folder = zero
-    sizes = [weight.numel() for name, weight in weights(folder / "whole").items() if "_proj" in name]
-    assert f"Muon trains {sum(sizes):,} parameters in {len(sizes)} matrices" in log
-
-
-@pytest.mark.slow
-def test_deepspeed_takes_the_steps_of_one_process(zero, tiny):
-    """What each weight moved by. DeepSpeed iterates in float32 on a CPU."""
-    _, folder = zero
-    start, whole, sharded = weights(tiny), weights(folder / "whole"), weights(folder / "sharded")
+        train("sft", tiny, sft_rows, tmp_path / "whole", **same)
+    start, whole, sharded = (
+        load_file(folder / "model.safetensors") for folder in (tiny, tmp_path / "whole", tmp_path / "sharded")
+    )
+    sizes = [weight.numel() for name, weight in whole.items() if "_proj" in name]
+    assert f"Muon trains {sum(sizes):,} parameters in {len(sizes)} matrices" in done.stderr
     for name, weight in start.items():
         assert distance(sharded[name] - weight, whole[name] - weight) < 0.005, name
