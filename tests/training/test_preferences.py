@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from copy import deepcopy
 from types import SimpleNamespace
 
@@ -10,7 +9,17 @@ import pytest
 import torch
 import trl
 from accelerate import DeepSpeedPlugin
-from conftest import assert_same_weights, build_model, build_tokenizer, logged, short_recipe, train, write_rows
+from conftest import (
+    assert_same_weights,
+    build_model,
+    build_tokenizer,
+    copy_until,
+    logged,
+    save_model,
+    short_recipe,
+    train,
+    write_rows,
+)
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import (
@@ -20,7 +29,6 @@ from transformers import (
     BertConfig,
     BertForSequenceClassification,
     MambaConfig,
-    MambaForCausalLM,
 )
 from typer.testing import CliRunner
 
@@ -37,13 +45,6 @@ from tunebook.training.models import load_reward_model
 from tunebook.training.trainers import PairPackingMixin, offloaded_parameters
 
 LORA = {"use_peft": True, "lora_target_modules": ["q_proj"], "learning_rate": 0.05}
-
-
-def save(folder, model, tokenizer):
-    """A folder with a model and its tokenizer."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 # ---- The reward model's loss ----
@@ -146,17 +147,13 @@ def test_calibration_and_accuracy_by_subset_equal_a_loop_over_the_pairs(reward_m
         assert metrics[f"eval_accuracy_{name}"] == pytest.approx(sum(of_subset) / len(of_subset))
 
 
-@pytest.fixture(scope="module")
-def eos_padded(tmp_path_factory):
-    """A model whose pad token is its EOS token, as many are published."""
+def test_the_reward_is_read_at_eos_although_pad_is_eos(pair_rows, tmp_path):
+    """Many models are published with their EOS token as the pad token."""
     tokenizer = build_tokenizer(special=("<|im_start|>", "<|im_end|>"))
     tokenizer.pad_token = tokenizer.eos_token
     model = build_model(len(tokenizer), pad_token_id=tokenizer.eos_token_id)
-    return save(tmp_path_factory.mktemp("models") / "eos_padded", model, tokenizer)
-
-
-def test_the_reward_is_read_at_eos_although_pad_is_eos(eos_padded, pair_rows, tmp_path):
-    trainer = train("rm", eos_padded, pair_rows, tmp_path / "o", do_eval=True, test_split_size=8)
+    save_model(tmp_path / "m", model, tokenizer)
+    trainer = train("rm", tmp_path / "m", pair_rows, tmp_path / "o", do_eval=True, test_split_size=8)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "o")
     assert tokenizer.pad_token != tokenizer.eos_token
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "o")
@@ -241,12 +238,6 @@ def test_a_reward_model_is_benchmarked_on_files_of_pairs(templated, tiny, pair_r
     assert logged(trainer, "eval_bench_pairs_accuracy")
 
 
-def test_a_benchmark_without_prompts_is_refused(tiny, pair_rows, tmp_path):
-    path = write_rows(tmp_path / "b.jsonl", [{"chosen": "a", "rejected": "b"}])
-    with pytest.raises(RecipeError, match="b has no column prompt"):
-        train("rm", tiny, pair_rows, tmp_path / "o", do_eval=True, test_split_size=9, pair_benchmarks=[str(path)])
-
-
 def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", [{"text": "a"}, {"text": ""}])
     with pytest.raises(RecipeError, match="row 1: empty text"):
@@ -258,46 +249,34 @@ def test_a_row_that_cannot_be_scored_is_named(reward_model, tmp_path):
 
 @pytest.fixture(scope="module")
 def dpo_trainer(tiny, pair_rows, tmp_path_factory):
-    return train("dpo", tiny, pair_rows, tmp_path_factory.mktemp("dpo"), max_steps=1, per_device_train_batch_size=2)
+    keys = {"max_steps": 1, "per_device_train_batch_size": 2}
+    trainer = train("dpo", tiny, pair_rows, tmp_path_factory.mktemp("dpo"), **keys)
+    trainer.precompute_ref_logps = True  # `dpo_loss` brings the reference's
+    return trainer
 
 
-class FixedLogProbs:
-    """A model that answers with given per-token log-probabilities."""
-
-    def __init__(self, log_probs: torch.Tensor, mask: torch.Tensor):
-        self.log_probs, self.mask = log_probs, mask
-
-    def __call__(self, **inputs):
-        zeros = torch.zeros_like(self.log_probs)
-        return trl.trainer.utils.FusedCausalLMOutput(
-            log_probs=self.log_probs * self.mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
-        )
-
-
-def dpo_loss(trainer, logps, ref, mask):
-    """`logps`: (2B, L); `ref`: (2B,) summed; `mask`: (2B, L)."""
-    batch = len(logps) // 2
+def dpo_loss(trainer, logps, ref, mask) -> float:
+    """`logps`: (2B, L), of a model's tokens; `ref`: (2B,) summed; `mask`: (2B, L)."""
+    zeros = torch.zeros_like(logps)
+    output = trl.trainer.utils.FusedCausalLMOutput(
+        log_probs=logps * mask, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+    )
     ones = torch.ones(len(logps), logps.shape[1] + 1, dtype=torch.long)
-    inputs = {
-        "input_ids": ones,
-        "attention_mask": ones,
-        "completion_mask": torch.cat([torch.zeros(len(mask), 1, dtype=torch.long), mask], dim=1),
-        "ref_chosen_logps": ref[:batch],
-        "ref_rejected_logps": ref[batch:],
-    }
-    trainer.precompute_ref_logps = True
-    try:
-        return trainer.compute_loss(FixedLogProbs(logps, mask), inputs).item()
-    finally:
-        trainer.precompute_ref_logps = False
+    prompt = torch.zeros(len(mask), 1, dtype=torch.long)
+    inputs = {"input_ids": ones, "attention_mask": ones, "completion_mask": torch.cat([prompt, mask], dim=1)}
+    inputs["ref_chosen_logps"], inputs["ref_rejected_logps"] = ref.chunk(2)
+    return trainer.compute_loss(lambda **inputs: output, inputs).item()
 
 
-def random_case(generator):
-    batch, length = int(torch.randint(1, 5, (), generator=generator)), 7
-    lengths = torch.randint(1, length + 1, (2 * batch,), generator=generator)
-    mask = (torch.arange(length) < lengths[:, None]).long()
-    logps = -torch.rand(2 * batch, length, generator=generator) * 3
-    return logps, torch.randn(2 * batch, generator=generator) * 4 - 5, mask
+def random_cases(seed: int, count: int):
+    """Arguments of `dpo_loss` after the trainer."""
+    generator, length = torch.Generator().manual_seed(seed), 7
+    for _ in range(count):
+        batch = int(torch.randint(1, 5, (), generator=generator))
+        lengths = torch.randint(1, length + 1, (2 * batch,), generator=generator)
+        mask = (torch.arange(length) < lengths[:, None]).long()
+        logps = -torch.rand(2 * batch, length, generator=generator) * 3
+        yield logps, torch.randn(2 * batch, generator=generator) * 4 - 5, mask
 
 
 def settle(trainer, **changes):
@@ -333,10 +312,9 @@ OBJECTIVES = {
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_an_objective_equals_float64_arithmetic_on_random_cases(name, dpo_trainer):
-    generator, changes = torch.Generator().manual_seed(1), OBJECTIVES[name]
+    changes = OBJECTIVES[name]
     ipo, nll = name == "IPO on sums", changes.get("nll_loss_coef", 0.0)
-    for case in range(200):
-        logps, ref, mask = random_case(generator)
+    for case, (logps, ref, mask) in enumerate(random_cases(seed=1, count=200)):
         epsilon = 0.0 if ipo else case % 10 / 21
         settle(dpo_trainer, label_smoothing=epsilon, **changes)
         expected = expected_loss(logps, ref, mask, dpo_trainer.beta, "ipo" if ipo else "sigmoid", epsilon, nll)
@@ -344,23 +322,8 @@ def test_an_objective_equals_float64_arithmetic_on_random_cases(name, dpo_traine
         assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, **tolerance), case
 
 
-def test_cdpo_equals_trls_aot_at_one_pair(dpo_trainer):
-    """aot sorts the batch before it pairs; with one pair there is nothing to sort."""
-    generator = torch.Generator().manual_seed(2)
-    for _ in range(20):
-        logps, ref, mask = random_case(generator)
-        half = len(logps) // 2
-        one = [torch.stack([x[0], x[half]]) for x in (logps, ref, mask)]
-        settle(dpo_trainer, label_smoothing=0.2)
-        ours = dpo_loss(dpo_trainer, *one)
-        settle(dpo_trainer, label_smoothing=0.2, loss_type=["aot"])
-        assert ours == pytest.approx(dpo_loss(dpo_trainer, *one), rel=1e-5)
-
-
 def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
-    generator = torch.Generator().manual_seed(5)
-    for _ in range(20):
-        logps, ref, mask = random_case(generator)
+    for logps, ref, mask in random_cases(seed=5, count=20):
         combined = dict(loss_type=["sigmoid", "ipo", "hinge"], loss_weights=[0.5, 0.1, 2.0], nll_loss_coef=0.3)
         settle(dpo_trainer, **combined, ipo_reduction="sum", label_smoothing=0.1)
         ours = dpo_loss(dpo_trainer, logps, ref, mask)
@@ -372,11 +335,6 @@ def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
         with_nll, without = (expected_loss(logps, ref, mask, beta, "sigmoid", nll=nll) for nll in (1, 0))
         expected += 0.3 * (with_nll - without)
         assert ours == pytest.approx(expected, rel=1e-4)
-
-
-def test_label_smoothing_of_two_losses_at_once_is_refused(tiny, pair_rows, tmp_path):
-    with pytest.raises(RecipeError, match="label_smoothing"):
-        train("dpo", tiny, pair_rows, tmp_path, loss_type=["sigmoid", "robust"], label_smoothing=0.1)
 
 
 LOSSES = (
@@ -408,29 +366,23 @@ def test_ref_offload_under_zero3_offloads_the_reference_and_not_the_policy():
 
 
 def test_precomputed_offloaded_and_plain_references_are_the_same(tiny, pair_rows, tmp_path):
-    runs = [
-        train("dpo", tiny, pair_rows, tmp_path / str(i), **keys)
-        for i, keys in enumerate([{}, {"precompute_ref_log_probs": True}, {"ref_offload": True}])
-    ]
-    assert logged(runs[1], "loss") == pytest.approx(logged(runs[0], "loss"), rel=1e-5)
-    assert logged(runs[2], "loss") == logged(runs[0], "loss")
+    """With `ld_alpha` too, after a run that leaves log-probs of the same rows and model in the cache."""
 
+    def losses(**keys):
+        return logged(train("dpo", tiny, pair_rows, tmp_path / ("-".join(keys) or "plain"), **keys), "loss")
 
-def test_a_precomputed_reference_is_that_of_the_recipes_ld_alpha(tiny, pair_rows, tmp_path):
-    """The first run leaves log-probs of the same rows and model in the cache."""
-    train("dpo", tiny, pair_rows, tmp_path / "a", precompute_ref_log_probs=True)
-    runs = [
-        train("dpo", tiny, pair_rows, tmp_path / str(precompute), ld_alpha=0.5, precompute_ref_log_probs=precompute)
-        for precompute in (True, False)
-    ]
-    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-5)
+    plain = losses()
+    assert losses(precompute_ref_log_probs=True) == pytest.approx(plain, rel=1e-5)
+    assert losses(ref_offload=True) == plain
+    precomputed = losses(ld_alpha=0.5, precompute_ref_log_probs=True)
+    assert precomputed == pytest.approx(losses(ld_alpha=0.5), rel=1e-5)
 
 
 def test_another_reference_model_is_used(tiny, pair_rows, tmp_path):
     other = build_model(320)
     with torch.no_grad():
         other.lm_head.weight.mul_(3)
-    save(tmp_path / "ref", other, AutoTokenizer.from_pretrained(tiny))
+    save_model(tmp_path / "ref", other, AutoTokenizer.from_pretrained(tiny))
     same = train("dpo", tiny, pair_rows, tmp_path / "a")
     another = train("dpo", tiny, pair_rows, tmp_path / "b", ref_model_name_or_path=str(tmp_path / "ref"))
     assert logged(same, "loss")[0] == pytest.approx(math.log(2), rel=1e-6)  # policy and reference are equal
@@ -451,9 +403,8 @@ TOKENS = {"packing": True, "per_device_train_batch_size": None}
 @pytest.mark.parametrize("batch", [{"packing": True}, TOKENS | {"max_tokens_per_batch": 200}], ids=str)
 def test_preference_runs_resume_bit_for_bit(task, batch, tiny, pair_rows, tmp_path):
     keys = {"save_strategy": "steps", "save_steps": 7, "max_steps": 14, **batch}
-    for name in ("whole", "parts"):
-        train(task, tiny, pair_rows, tmp_path / name, **keys)
-    shutil.rmtree(tmp_path / "parts" / "checkpoint-14")
+    train(task, tiny, pair_rows, tmp_path / "whole", **keys)
+    copy_until(7, tmp_path / "whole", tmp_path / "parts")
     train(task, tiny, pair_rows, tmp_path / "parts", **keys)
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
@@ -483,25 +434,42 @@ def test_batches_that_would_be_balanced_in_another_way_are_not_resumed(change, m
         train("rm", tiny, pair_rows, tmp_path / "o", **keys | change | {"max_steps": 2})
 
 
-def test_packing_refuses_a_model_with_state_by_name(tokenizer, pair_rows, tmp_path):
-    config = MambaConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1)
-    folder = save(tmp_path / "m", MambaForCausalLM(config), tokenizer)
-    with pytest.raises(RecipeError, match="Set packing: false"):
-        train("dpo", folder, pair_rows, tmp_path / "o", packing=True)
+@pytest.mark.parametrize(
+    ("task", "keys", "message"),
+    [
+        ("rm", {"router_aux_loss_coef": 0.01}, "not a mixture of experts"),
+        (
+            "rm",
+            {"do_eval": True, "test_split_size": 9, "pair_benchmarks": ["sides.jsonl"]},
+            "sides has no column prompt",
+        ),
+        ("dpo", {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(task, keys, message, tiny, pair_rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_rows(tmp_path / "sides.jsonl", [{"chosen": "a", "rejected": "b"}])
+    with pytest.raises(RecipeError, match=message):
+        train(task, tiny, pair_rows, tmp_path / "o", **keys)
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_a_reward_model_that_is_an_encoder_is_refused(packing, tokenizer, pair_rows, tmp_path):
+def build_encoder(vocab_size: int):
     small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    config = BertConfig(vocab_size=len(tokenizer), num_labels=1, **small)
-    folder = save(tmp_path / "m", BertForSequenceClassification(config), tokenizer)
-    with pytest.raises(RecipeError, match="not a causal model with one head"):
-        train("rm", folder, pair_rows, tmp_path / "o", packing=packing)
+    return BertForSequenceClassification(BertConfig(vocab_size=vocab_size, num_labels=1, **small))
 
 
-def test_the_loss_of_a_router_that_is_not_there_is_refused(tiny, pair_rows, tmp_path):
-    with pytest.raises(RecipeError, match="not a mixture of experts"):
-        train("rm", tiny, pair_rows, tmp_path / "o", router_aux_loss_coef=0.01)
+@pytest.mark.parametrize(
+    ("task", "build", "packing", "message"),
+    [
+        ("dpo", lambda size: build_model(size, MambaConfig), True, "Set packing: false"),
+        ("rm", build_encoder, True, "not a causal model with one head"),
+        ("rm", build_encoder, False, "not a causal model with one head"),
+    ],
+)
+def test_a_model_of_another_kind_is_refused(task, build, packing, message, tokenizer, pair_rows, tmp_path):
+    folder = save_model(tmp_path / "m", build(len(tokenizer)), tokenizer)
+    with pytest.raises(RecipeError, match=message):
+        train(task, folder, pair_rows, tmp_path / "o", packing=packing)
 
 
 def test_from_python_is_the_same_run(tiny, pair_rows, tmp_path):
