@@ -18,14 +18,16 @@ from conftest import (
     assert_same_weights,
     build_model,
     build_tokenizer,
+    copy_until,
     logged,
     options,
+    save_model,
     short_recipe,
     train,
     write_rows,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from tunebook import checkpoints, run_script
 from tunebook.errors import RecipeError
@@ -85,14 +87,14 @@ def test_the_resolved_recipe_gives_the_same_run(run, tmp_path):
     assert logged(again, "loss") == logged(trainer, "loss")
 
 
-@pytest.mark.parametrize(("size", "steps"), [(2, 2), (1, 4)])
-def test_the_loss_is_the_same_at_any_split_of_the_batch(tiny, sft_rows, tmp_path, size, steps):
+def test_the_loss_is_the_same_at_any_split_of_the_batch(tiny, sft_rows, tmp_path):
     """Token-weighted over the accumulation window: the rows have different lengths."""
-    whole = train("sft", tiny, sft_rows, tmp_path / "a", **LONG)
-    split = {"per_device_train_batch_size": size, "global_batch_size": 4}
-    parts = train("sft", tiny, sft_rows, tmp_path / "b", **LONG, **split)
-    assert parts.args.gradient_accumulation_steps == steps
-    assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
+    whole = train("sft", tiny, sft_rows, tmp_path / "4", **LONG)
+    for size, steps in ((2, 2), (1, 4)):
+        split = {"per_device_train_batch_size": size, "global_batch_size": 4}
+        parts = train("sft", tiny, sft_rows, tmp_path / str(size), **LONG, **split)
+        assert parts.args.gradient_accumulation_steps == steps
+        assert logged(parts, "loss") == pytest.approx(logged(whole, "loss"), rel=1e-5)
 
 
 def test_the_first_loss_equals_a_plain_computation(tiny, sft_rows, tmp_path):
@@ -107,16 +109,15 @@ def test_the_first_loss_equals_a_plain_computation(tiny, sft_rows, tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-5)
 
 
-@pytest.mark.parametrize("step", [1, 3, 4])
-def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, sft_rows, tmp_path, step):
+def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, sft_rows, tmp_path):
     """Dropout is on and the order of rows is shuffled, so the random state and the position must both come back."""
     same = {"save_steps": 1, "model_init_kwargs": {"attention_dropout": 0.2}, "lr_scheduler_type": "cosine"}
     train_saved(tiny, sft_rows, tmp_path / "whole", **same)
-    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
-    for later in range(step + 1, 7):
-        shutil.rmtree(tmp_path / "parts" / f"checkpoint-{later}")
-    assert train_saved(tiny, sft_rows, tmp_path / "parts", **same).state.global_step == 6
-    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    for step in (1, 3, 4):
+        parts = tmp_path / f"from-{step}"
+        copy_until(step, tmp_path / "whole", parts)
+        assert train_saved(tiny, sft_rows, parts, **same).state.global_step == 6
+        assert_same_weights(tmp_path / "whole", parts)
 
 
 @pytest.mark.slow
@@ -219,11 +220,10 @@ def test_a_checkpoint_without_the_optimizer_is_resumed_from_only_when_forced(tin
 def train_bare(tmp_path, spare: int = 0, tied: bool = False, **changes):
     """One step on turns of a model whose tokenizer has no template; returns its tokenizer."""
     bare = build_tokenizer(special=("<pad>", "<eos>"), template=None)
-    build_model(len(bare) + spare, tie_word_embeddings=tied).save_pretrained(tmp_path / "m")
-    bare.save_pretrained(tmp_path / "m")
+    model = save_model(tmp_path / "m", build_model(len(bare) + spare, tie_word_embeddings=tied), bare)
     turns = [{"role": "user", "content": "one?"}, {"role": "assistant", "content": "two"}]
     rows = write_rows(tmp_path / "r.jsonl", [{"messages": turns}] * 8)
-    train("sft", tmp_path / "m", rows, tmp_path / "o", max_steps=1, **changes)
+    train("sft", model, rows, tmp_path / "o", max_steps=1, **changes)
     return bare
 
 
@@ -276,15 +276,11 @@ def test_a_new_token_is_trained_under_lora(spare, tmp_path):
 
 
 @pytest.mark.parametrize("task", ["sft", "rm"])
-def test_the_balancing_loss_of_a_mixture_of_experts_is_added(task, tmp_path, tokenizer, sft_rows, pair_rows):
-    torch.manual_seed(0)
-    small = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
-    experts = dict(num_key_value_heads=1, num_local_experts=4, num_experts_per_tok=2)
-    MixtralForCausalLM(MixtralConfig(vocab_size=len(tokenizer), **small, **experts)).save_pretrained(tmp_path / "moe")
-    tokenizer.save_pretrained(tmp_path / "moe")
-    rows = sft_rows if task == "sft" else pair_rows
+def test_the_balancing_loss_of_a_mixture_of_experts_is_added(task, tmp_path, tokenizer, task_rows):
+    model = build_model(len(tokenizer), MixtralConfig, num_local_experts=4, num_experts_per_tok=2)
+    moe = save_model(tmp_path / "moe", model, tokenizer)
     without, with_loss = (
-        train(task, tmp_path / "moe", rows, tmp_path / str(c), router_aux_loss_coef=c, max_steps=1) for c in (0.0, 0.5)
+        train(task, moe, task_rows, tmp_path / str(c), router_aux_loss_coef=c, max_steps=1) for c in (0.0, 0.5)
     )
     expected = logged(without, "loss")[0] + 0.5 * logged(with_loss, "aux_loss")[0]
     assert logged(with_loss, "loss")[0] == pytest.approx(expected, rel=1e-5)
