@@ -77,23 +77,21 @@ def test_the_estimate_of_memory_counts_what_is_kept():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
-def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, sft_rows, pair_rows, tmp_path):
-    rows = sft_rows if task == "sft" else pair_rows
+def test_a_recipe_that_wants_both_is_a_mistake(task, tiny, task_rows, tmp_path):
     with pytest.raises(RecipeError, match="selective.*reentrant"):
-        train(task, tiny, rows, tmp_path, activation_checkpointing_kwargs={**SELECTIVE, "use_reentrant": True})
+        train(task, tiny, task_rows, tmp_path, activation_checkpointing_kwargs={**SELECTIVE, "use_reentrant": True})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["sft", "dpo"])
-def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, sft_rows, pair_rows, tmp_path):
+def test_a_run_ends_with_the_weights_of_one_without_checkpointing(task, tiny, task_rows, tmp_path):
     """One layer in two. DPO with LoRA: its reference pass turns checkpointing off and on in each step."""
-    run = (task, tiny, sft_rows if task == "sft" else pair_rows)
     same = {"max_steps": 2, "use_peft": task == "dpo"}
     selective = {**SELECTIVE, "every_n_layers": 2}
-    trainer = train(*run, tmp_path / "selective", **same, activation_checkpointing_kwargs=selective)
+    trainer = train(task, tiny, task_rows, tmp_path / "selective", **same, activation_checkpointing_kwargs=selective)
     layers = [module for module in trainer.model.modules() if isinstance(module, GradientCheckpointingLayer)]
     assert [layer.gradient_checkpointing for layer in layers] == [True, False]
     assert layers[0]._gradient_checkpointing_func.keywords["context_fn"].args == (keep_products,)
 
-    train(*run, tmp_path / "without", **same, activation_checkpointing=False)
+    train(task, tiny, task_rows, tmp_path / "without", **same, activation_checkpointing=False)
     assert_same_weights(tmp_path / "selective", tmp_path / "without")

@@ -8,9 +8,8 @@ import math
 from pathlib import Path
 
 import pytest
-import torch
 import trl
-from conftest import ROOT, TEMPLATE, build_tokenizer, question, write_rows
+from conftest import ROOT, TEMPLATE, build_model, build_tokenizer, logged, question, save_model, write_rows
 from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassification
 from transformers import (
     AutoModelForCausalLM,
@@ -39,6 +38,10 @@ def turns(i: int, answer: str) -> list[dict]:
     return [{"role": "user", "content": question(i)}, {"role": "assistant", "content": answer}]
 
 
+def pair(i: int) -> dict:
+    return {"chosen": turns(i, "five " * (1 + i % 5)), "rejected": turns(i, "one")}
+
+
 ROWS = {  # data set of a recipe -> a row with its columns
     "Open-Orca/OpenOrca": lambda i: {
         "id": str(i),
@@ -51,16 +54,8 @@ ROWS = {  # data set of a recipe -> a row with its columns
         "messages": turns(i, "five " * (1 + i % 5)) + turns(i, "four"),
         "num_turns": 2,
     },
-    "trl-lib/ultrafeedback_binarized": lambda i: {
-        "chosen": turns(i, "five " * (1 + i % 5)),
-        "rejected": turns(i, "one"),
-        "score_chosen": 8.0,
-        "score_rejected": 6.5,
-    },
-    "OpenRLHF/preference_dataset_mixture2_and_safe_pku": lambda i: {
-        "chosen": turns(i, "five " * (1 + i % 5)),
-        "rejected": turns(i, "one"),
-    },
+    "trl-lib/ultrafeedback_binarized": lambda i: pair(i) | {"score_chosen": 8.0, "score_rejected": 6.5},
+    "OpenRLHF/preference_dataset_mixture2_and_safe_pku": pair,
     "data/gsm8k/preferences.jsonl": lambda i: {"prompt": question(i), "chosen": f"A: {i}", "rejected": "A: one"},
 }
 ROWS["data/gsm8k/preferences_test.jsonl"] = ROWS["data/gsm8k/preferences.jsonl"]
@@ -71,13 +66,9 @@ def models(tmp_path_factory) -> dict[str, Path]:
     """Folder of recipes -> folder of a random model of the same architecture, and its tokenizer."""
     folders = {}
     for name, (config, particular, template) in ARCHITECTURES.items():
-        folders[name] = tmp_path_factory.mktemp(name)
         tokenizer = build_tokenizer(template=template)
-        small = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2)
-        small |= dict(num_attention_heads=4, num_key_value_heads=2, vocab_size=len(tokenizer))
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config(**small, **particular)).save_pretrained(folders[name])
-        tokenizer.save_pretrained(folders[name])
+        model = build_model(len(tokenizer), config, **particular)
+        folders[name] = save_model(tmp_path_factory.mktemp(name), model, tokenizer)
     return folders
 
 
@@ -115,7 +106,7 @@ def test_a_recipe_trains_two_steps_and_its_model_loads(path, models, local_rows,
         changes["datasets"] = [source | {"path": local_rows(source["path"])} for source in recipe["datasets"]]
     trainer = run_script(task, recipe | changes)
 
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    losses = logged(trainer, "loss")
     assert len(losses) == 2 and all(map(math.isfinite, losses))
     assert trainer.state.global_step == 2
     if recipe.get("do_eval") or "eval_strategy" in recipe:
