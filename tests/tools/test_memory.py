@@ -49,7 +49,7 @@ def test_weights_gradients_and_adam_are_16_bytes_a_parameter_in_float32():
     ("stage", "expected"), [(0, (2, 2, 12)), (1, (2, 2, 1.5)), (2, (2, 0.25, 1.5)), (3, (0.25, 0.25, 1.5))]
 )
 def test_zero_shards_as_the_paper_says(stage, expected):
-    """Rajbhandari et al., figure 1: 2 + 2 + 12 bytes a parameter; each stage divides one more by the devices."""
+    """Rajbhandari et al., figure 1: 2 + 2 + 12 bytes per parameter; each stage divides one more by the devices."""
     found = parts(Sharding("deepspeed", 8, stage), mixed=True)
     assert tuple(found[name] / PARAMETERS for name in ("weights", "gradients", "optimizer")) == pytest.approx(expected)
 

@@ -1,4 +1,4 @@
-"""The line that one sees while it trains, tokens a second, and model FLOPs against PyTorch's own count."""
+"""The line that one sees while it trains, tokens per second, and model FLOPs against PyTorch's own count."""
 
 import io
 import re

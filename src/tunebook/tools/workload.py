@@ -82,7 +82,7 @@ class Workload:
 
     @cached_property
     def model(self) -> PreTrainedModel | PeftModel:
-        """What the run trains, on the meta device."""
+        """Return what the run trains, on the meta device."""
         config = copy.deepcopy(self.config)
         if self.task == "rm":
             config.num_labels = 1
