@@ -21,6 +21,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 from tunebook import run_script
+from tunebook.files import read_yaml
 
 CORPUS = ["the quick brown fox jumps over the lazy dog", "what is two plus three? five. one and four make five too."]
 TEMPLATE = (
@@ -80,6 +81,11 @@ def tokenizer():
 def tiny(tmp_path_factory, tokenizer) -> Path:
     """A folder with a random Llama of 2 layers and its tokenizer with ChatML."""
     return save_model(tmp_path_factory.mktemp("models") / "tiny", build_model(len(tokenizer)), tokenizer)
+
+
+def read_cases(name: str):
+    """The tables of a test, from a YAML file in this folder."""
+    return read_yaml((ROOT / "tests" / name).read_text(), name)
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:

@@ -6,7 +6,7 @@ import shutil
 import datasets
 import pytest
 import trl
-from conftest import CORPUS, build_tokenizer, write_rows
+from conftest import CORPUS, build_tokenizer, read_cases, write_rows
 
 from tunebook.data import load_data, read_sources, settle_template
 from tunebook.data.loading import fingerprint, process
@@ -15,8 +15,9 @@ from tunebook.data.sources import load_source
 from tunebook.errors import RecipeError
 from tunebook.recipe import parse
 
-CHAT = [{"role": "user", "content": "two plus three?"}, {"role": "assistant", "content": "five."}]
-LONGER = CHAT + [{"role": "user", "content": "one and four?"}, {"role": "assistant", "content": "five too."}]
+CASES = read_cases("data/cases.yaml")
+LAYOUTS = CASES["layouts"]
+CHAT, LONGER = (row["messages"] for row in LAYOUTS["conversations"])
 
 
 def load(task, tokenizer, tmp_path, rows=None, **keys):
@@ -63,34 +64,14 @@ def test_every_source_gives_the_same_rows(source, file, write, tmp_path, tokeniz
     assert [tokenizer.decode(row["input_ids"]) for row in train] == expected
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("rows.jsonl", '{"prompt": "a", "completion": "b"}\n{"prompt": "c", \n', "rows.jsonl, line 2: not JSON"),
-        ("rows.jsonl", "", "is empty"),
-        ("rows.docx", "x", "Known: json, jsonl, csv"),
-    ],
-)
+@pytest.mark.parametrize(("name", "content", "message"), CASES["unreadable"])
 def test_a_file_that_cannot_be_read_says_why(name, content, message, tmp_path):
     (tmp_path / name).write_text(content)
     with pytest.raises(RecipeError, match=message):
         load_source(str(tmp_path / name), "train")
 
 
-@pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ({"dataset_name": "ROWS", "prompt_column": "question"}, "there is no column 'question'. Columns: prompt, comp"),
-        ({"dataset_name": "ROWS", "dataset_train_split": "tran"}, 'Unknown split "tran". Should be one of'),
-        ({"dataset_name": "./nowhere.jsonl"}, "no such file or folder"),
-        ({"dataset_name": "ROWS", "messages_column": "prompt"}, "prompt is str, not list"),
-        ({"dataset_name": "ROWS", "max_length": 1}, "nothing to train on within max_length"),
-        ({"dataset_name": "ROWS", "test_split_size": 30, "do_eval": True}, "`test_split_size` 30"),
-        ({"dataset_name": "ROWS", "do_eval": True}, 'Unknown split "test"'),
-        ({"datasets": [{"path": "ROWS", "columns": ["nope"]}]}, "has no column nope"),
-        ({"dataset_name": "some/thing"}, "cannot be loaded"),
-    ],
-)
+@pytest.mark.parametrize(("keys", "message"), CASES["refused"])
 def test_what_does_not_fit_is_refused_by_name(keys, message, tmp_path, tokenizer):
     rows = str(write_rows(tmp_path / "rows.jsonl", ROWS))
     keys = json.loads(json.dumps(keys).replace("ROWS", rows))
@@ -98,16 +79,7 @@ def test_what_does_not_fit_is_refused_by_name(keys, message, tmp_path, tokenizer
         load("sft", tokenizer, tmp_path, **keys)
 
 
-@pytest.mark.parametrize(
-    ("row", "keys", "needs"),
-    [
-        ({"text": "one"}, {"assistant_only_loss": True}, "conversations"),
-        ({"prompt": "a ", "completion": "b"}, {"last_turn_only_loss": True}, "whole conversations"),
-        ({"messages": CHAT}, {"completion_only_loss": True}, "prompts and completions"),
-        ({"messages": CHAT}, {"prompt_template": "Q: {}"}, "a column of plain prompts"),
-        ({"prompt": "a ", "completion": "b"}, {"system_prompt": "be brief"}, "apply_chat_template: true"),
-    ],
-)
+@pytest.mark.parametrize(("row", "keys", "needs"), CASES["idle"])
 def test_a_key_that_does_nothing_to_these_rows_is_refused(row, keys, needs, tmp_path, tokenizer):
     with pytest.raises(RecipeError, match=f"{next(iter(keys))}` has no effect on these rows.*{needs}"):
         load("sft", tokenizer, tmp_path, [row], **keys)
@@ -148,22 +120,6 @@ def test_a_template_that_rejects_a_role_order_says_which_row(tmp_path):
 
 
 # ---- Loss masks ----
-
-
-LAYOUTS = {
-    "prompt and completion": [{"prompt": f"what is {i}? ", "completion": f"five {i}"} for i in range(5)],
-    "text": [{"text": text} for text in CORPUS],
-    "conversations": [{"messages": CHAT}, {"messages": LONGER}],
-    "prompted conversations": [
-        {"prompt": LONGER[:3], "completion": LONGER[3:]},
-        {"prompt": CHAT[:1], "completion": CHAT[1:]},
-    ],
-    "pairs": [
-        {"prompt": "two plus three? ", "chosen": "five", "rejected": "one and four"},
-        {"prompt": "one? ", "chosen": "four", "rejected": "two"},
-    ],
-    "system turn": [{"messages": [{"role": "system", "content": "be brief"}, *CHAT]}],
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,25 +5,22 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import trl
 import yaml
-from conftest import ROOT, launch
+from conftest import ROOT, launch, read_cases
 
 from tunebook.errors import RecipeError
-from tunebook.files import read_yaml
 from tunebook.recipe import TASKS, parse, parser, read_command_line, read_recipe
 from tunebook.recipe.needs import TERM, holds
 from tunebook.recipe.rules import NEEDS, RANGES, RULES
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o", "bf16": False}
-MISTAKES = Path(__file__).with_name("mistakes.yaml")
 KEYS = {name for task in TASKS for name in parser.task_keys(task)}
 
 
-@pytest.mark.parametrize(("task", "keys", "message"), read_yaml(MISTAKES.read_text(), "mistakes.yaml"))
+@pytest.mark.parametrize(("task", "keys", "message"), read_cases("recipe/mistakes.yaml"))
 def test_a_mistake_is_refused_by_name(task, keys, message):
     given = {name: value for name, value in (BASE | keys).items() if value is not None}
     with pytest.raises(RecipeError) as error:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import ROOT, TEMPLATE, build_model, launch, options, question, short_recipe, train, write_rows
+from conftest import ROOT, TEMPLATE, build_model, launch, options, question, read_cases, short_recipe, train, write_rows
 from measure import Recorder
 from scipy.stats import binomtest
 from transformers import LlamaConfig, LlamaForSequenceClassification
@@ -24,10 +24,13 @@ from tunebook.tools.check import DEVICES, LEARNING_RATES, check, find_device, re
 from tunebook.tools.cli import app
 from tunebook.tools.memory import Part
 
-NO_SYSTEM = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m['role'] != 'system' %}")
+CASES = read_cases("tools/check_cases.yaml")
+TEMPLATES = {
+    "no system": TEMPLATE.replace("for m in messages %}", "for m in messages if m['role'] != 'system' %}"),
+    "no end": "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}",
+}
 HEALTHY = {"max_length": 128, "learning_rate": 2e-5}
 HEALTHY |= {"max_steps": None, "save_strategy": None, "per_device_train_batch_size": None}  # the defaults
-NO_END = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
 
 
 @pytest.fixture
@@ -62,33 +65,23 @@ def test_a_healthy_recipe_gives_no_warning_and_code_0(report, task, keys):
     assert code == 0 and not warnings(output) and "No warnings." in output, output
 
 
-ANSWERS = [{"messages": chat(user=question(i), assistant="five")} for i in range(8)]
-BRIEF = [{"messages": chat(system="be brief", user="two?", assistant="five")[i % 2 :]} for i in range(8)]
-LONG = [{"prompt": "one ", "completion": "five " * (40 if i % 5 < 2 else 4)} for i in range(40)]
-PAIRS = [
-    {"prompt": chat(user="what is two?"), "chosen": chat(assistant=f"good {i}"), "rejected": chat(assistant=f"bad {i}")}
-    for i in range(8)
-]
-SYSTEM_PROMPT = {"apply_chat_template": True, "system_prompt": "be brief"}
-
-
-@pytest.mark.parametrize(
-    ("task", "rows", "keys", "message"),
-    [
-        ("sft", ANSWERS, {"chat_template": NO_END}, r"<\|im_end\|>\) is never trained(.*)eos_token"),
-        ("rm", PAIRS, {"chat_template": NO_END}, "never trained"),
-        ("dpo", PAIRS, {"chat_template": NO_END}, "never trained"),
-        ("sft", BRIEF, {"chat_template": NO_SYSTEM}, "drops the system turn of 4 of 4 rows"),
-        ("sft", None, SYSTEM_PROMPT | {"chat_template": NO_SYSTEM}, "drops the system turn of 48 of 48 rows"),
-        ("sft", LONG, {"max_length": 32}, "^40% of the rows are cut at max_length 32"),
-        ("rm", None, {"max_length": 17}, r"^\d+% of the rows are dropped \(\d+% longer than max_length\)"),
-        ("sft", None, {"max_steps": 10, "warmup_steps": 100}, "warmup_steps is 100, but the run has 10 steps"),
+ROWS = {
+    "answers": [{"messages": chat(user=question(i), assistant="five")} for i in range(8)],
+    "brief": [{"messages": chat(system="be brief", user="two?", assistant="five")[i % 2 :]} for i in range(8)],
+    "long": [{"prompt": "one ", "completion": "five " * (40 if i % 5 < 2 else 4)} for i in range(40)],
+    "pairs": [
+        {"prompt": chat(user="two?"), "chosen": chat(assistant=f"good {i}"), "rejected": chat(assistant=f"bad {i}")}
+        for i in range(8)
     ],
-)
+}
+
+
+@pytest.mark.parametrize(("task", "rows", "keys", "message"), CASES["faults"])
 def test_a_fault_is_the_one_warning(report, task, rows, keys, message):
-    [warning] = warnings(report(task, rows=rows, **keys)[1])
+    keys = {name: TEMPLATES[value] if name == "chat_template" else value for name, value in keys.items()}
+    [warning] = warnings(report(task, rows=ROWS.get(rows), **keys)[1])
     assert re.search(message, warning)
-    assert not warnings(report(task, rows=rows)[1])
+    assert not warnings(report(task, rows=ROWS.get(rows))[1])
 
 
 @pytest.mark.parametrize(("rate", "word"), [(2, "above"), (1e-9, "below")])
@@ -175,26 +168,13 @@ def test_a_model_that_cannot_fit_gives_code_1_and_the_first_thing_to_change(repo
     assert report(**keys, sharding=Sharding("deepspeed", 8, 3))[0] == 0
 
 
-@pytest.mark.parametrize(
-    ("largest", "task", "keys", "change"),
-    [
-        ("activations", "sft", {"activation_checkpointing": False}, "set activation_checkpointing: true."),
-        ("activations", "sft", {"activation_checkpointing_kwargs": {"selective": True}}, "leave out selective in"),
-        ("activations", "sft", {"per_device_train_batch_size": 2}, "set per_device_train_batch_size: 1; global_batch"),
-        ("activations", "sft", {"per_device_train_batch_size": 1}, "set a smaller max_length."),
-        ("activations", "dpo", {"packing": True, "max_tokens_per_batch": 200}, "set a smaller max_tokens_per_batch."),
-        ("reference", "dpo", {}, "set precompute_ref_log_probs: true"),
-        ("weights", "sft", {"sharding": Sharding("ddp", 2)}, "shard the weights: --accelerate-config zero3."),
-        ("weights", "sft", {}, "set use_peft: true, or shard over more devices"),
-        ("weights", "sft", {"use_peft": True}, "set load_in_4bit: true."),
-        ("weights", "sft", {"use_peft": True, "load_in_4bit": True}, "take a smaller model, or shard over more"),
-    ],
-)
+@pytest.mark.parametrize(("largest", "task", "keys", "change"), CASES["changes"])
 def test_the_first_thing_to_change_makes_the_largest_part_smaller(report, monkeypatch, largest, task, keys, change):
     names = ["weights", "gradients", "optimizer", "activations"] + ["reference"] * (largest == "reference")
+    sharding = Sharding(keys["sharding"], 2) if "sharding" in keys else None
     parts = [Part(name, 1e18 if name == largest else 1.0, "") for name in names]
     monkeypatch.setattr(preflight, "estimate", lambda workload: parts)
-    code, output = report(task, **keys)
+    code, output = report(task, **keys | {"sharding": sharding})
     assert code == 1 and f"First {change}" in warnings(output)[-1]
 
 
@@ -289,20 +269,10 @@ def test_tokens_are_counted_as_the_trainer_gets_them(report, tokenizer, pair_row
 
 
 def test_every_accelerate_config_is_understood():
-    expected = {
-        "cpu": ("none", 1, 0, False),
-        "single": ("none", 1, 0, False),
-        "ddp": ("ddp", 8, 0, False),
-        "zero1": ("deepspeed", 8, 1, False),
-        "zero2": ("deepspeed", 8, 2, False),
-        "zero3": ("deepspeed", 8, 3, False),
-        "zero3_offload": ("deepspeed", 8, 3, True),
-        "fsdp2": ("fsdp", 8, 3, False),
-        "fsdp2_offload": ("fsdp", 8, 3, True),
-    }
+    expected = CASES["sharding"]
     assert expected.keys() == {path.stem for path in ROOT.glob("configs/accelerate/*.yaml")}
-    for name, (engine, processes, stage, offloads) in expected.items():
-        assert read_sharding(name, None) == Sharding(engine, processes, stage, offloads, offloads)
+    for name, values in expected.items():
+        assert read_sharding(name, None) == Sharding(*values)
     assert read_sharding("zero2", 2).processes == 2
     with pytest.raises(RecipeError, match="no such file"):
         read_sharding("zero4", None)

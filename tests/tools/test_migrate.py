@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, read_cases
 from typer.testing import CliRunner
 
 from tunebook.data.sources import load_source
@@ -24,7 +24,7 @@ deepspeed --module openrlhf.cli.train_rm --pretrain org/sft --save_path ./rm --s
 """
 SFT = "openrlhf.cli.train_sft --pretrain org/base --dataset my.jsonl "
 DEFAULT = {"prompt_template": "User: {}\nAssistant: ", LAUNCH: "configs/accelerate/zero2.yaml"}
-TURNS = {"prompt_template": None}
+CASES = read_cases("tools/migrate_cases.yaml")
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +42,7 @@ def parsed(done, tmp_path):
 
 def test_an_open_r1_recipe_parses_and_trains_with_the_same_numbers(mixture, tmp_path):
     values = parsed(mixture, tmp_path)
-    expected = {"warmup_steps": 0.1, "max_length": 2048, "packing_strategy": "bfd", "learning_rate": 2e-5}
-    expected |= {"activation_checkpointing": True, "dtype": "bfloat16", "hub_revision": "v1"}
-    expected |= {"push_to_hub_revision": True, "push_to_hub": False}
-    expected |= {"chat_template": "{% for m in messages %}\n{{ m['content'] }}{% endfor %}"}
-    assert values.items() >= expected.items() and "chat_template: |-\n" in str(mixture)
+    assert values.items() >= CASES["open_r1"].items() and "chat_template: |-\n" in str(mixture)
     first, second = values["datasets"]
     assert (first.path, first.name, first.split, first.columns) == ("org/a", "all", "train_sft[:50%]", ["messages"])
     assert (second.path, second.split) == ("org/b", "train")
@@ -93,36 +89,12 @@ def test_openrlhfs_settings_and_defaults_arrive_in_the_configs(tmp_path):
     values = parsed(migrate(OLD), tmp_path)
     sources = [(source.path, source.data_dir, source.probability) for source in values["datasets"]]
     assert sources == [("org/pairs", None, 0.25), ("my.jsonl", "part", pytest.approx(0.75))]
-    expected = {"apply_chat_template": True, "mixture_stopping": "all_exhausted", "eval_dataset_name": "org/eval"}
-    expected |= {"dataset_test_split": "train", "eval_strategy": "epoch", "max_length": 8192, "packing": True}
-    expected |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 256 // 4, "num_train_epochs": 1}
-    expected |= {"loss_type": "logexp", "fp32_loss": True, "activation_checkpointing": False, "adam_beta2": 0.99}
-    expected |= {"save_strategy": "steps", "save_steps": 50, "save_total_limit": 3, "learning_rate": 9e-6}
-    expected |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
-    assert values.items() >= expected.items()
+    assert values | CASES["openrlhf"] == values
 
 
-@pytest.mark.parametrize(
-    ("flags", "keys"),
-    [
-        (
-            "--input_key q --output_key a --input_template $'Q: {}\\nA: '",
-            {"prompt_column": "q", "completion_column": "a", "prompt_template": "Q: {}\nA: "},
-        ),
-        ("--apply_chat_template --multiturn", {"messages_column": "input", "assistant_only_loss": True} | TURNS),
-        ("--input_key m --apply_chat_template", {"messages_column": "m", "last_turn_only_loss": True} | TURNS),
-        ("--input_key t --pretrain_mode", {"text_column": "t", "pretraining": True} | TURNS),
-        ("--lora_rank 8 --target_modules q_proj v_proj", {"lora_r": 8, "lora_target_modules": ["q_proj", "v_proj"]}),
-        ("--optim muon --muon.lr 0.01 --adam.lr 1e-5", {"optim": "muon", "muon_learning_rate": 0.01}),
-        ("--ring_attn_size 2 --ring_head_stride 4", {"context_parallel_size": 2, "context_parallel_head_stride": 4}),
-        ("--save_steps -1 --bf16 --flash_attn", {"save_strategy": "no", "bf16": True}),
-        ("--train_split part", {"dataset_train_split": "part"}),
-        ("--use_wandb k --use_tensorboard d", {"report_to": ["wandb", "tensorboard"]}),
-        ("--zero_stage 0", {LAUNCH: "configs/accelerate/ddp.yaml"}),
-        ("--ds.zero_stage 3 --ds.adam_offload", {LAUNCH: "configs/accelerate/zero3_offload.yaml"}),
-    ],
-)
+@pytest.mark.parametrize(("flags", "keys"), CASES["flags"])
 def test_a_flag_means_here_what_it_meant_there(flags, keys):
+    keys = {LAUNCH if name == "LAUNCH" else name: value for name, value in keys.items()}
     done = migrate(SFT + flags)
     got = done.recipe | {LAUNCH: done.sharding}
     assert {name: got.get(name) for name in DEFAULT | keys} == DEFAULT | keys
@@ -169,16 +141,7 @@ def test_a_secret_is_in_no_recipe_and_a_shell_variable_must_be_filled_in():
     assert done.to_do[0].startswith("`dataset_name` is missing")
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("no/such/file.sh", "neither a file"),
-        ("no/such/sft.yaml", "no such file"),
-        ("train_sft --pretrain m\ntrain_dpo --pretrain m", "found: 2. Choose one with --task"),
-        ("train_sft stray", "Unexpected argument 'stray'"),
-        ("train_sft --pretrain 'm", "No closing quotation"),
-    ],
-)
+@pytest.mark.parametrize(("source", "message"), CASES["unreadable"])
 def test_what_cannot_be_read_is_refused(source, message):
     with pytest.raises(RecipeError, match=message):
         migrate(source)

@@ -101,7 +101,7 @@ class Workload:
 
     @property
     def stored_size(self) -> int:
-        """Bytes of a weight between steps."""
+        """Return the bytes of a weight between steps."""
         return 2 if self.mixed and self.sharding.engine == "deepspeed" else getattr(torch, self.dtype).itemsize
 
     @property
@@ -115,7 +115,7 @@ class Workload:
 
     @property
     def state_size(self) -> int:
-        """Bytes that the optimizer keeps per trained parameter; under DeepSpeed also the parameter in float32."""
+        """Return the bytes that the optimizer keeps per trained parameter; under DeepSpeed also the parameter in float32."""
         states = next((count for name, count in STATES.items() if name in self.optim), 2)
         deepspeed = self.sharding.engine == "deepspeed"
         each = 1 if "8bit" in self.optim else 4 if deepspeed else self.stored_size
@@ -127,5 +127,5 @@ class Workload:
 
     @property
     def keeps_gradients(self) -> bool:
-        """Whether the gradients stay whole on the device until the step."""
+        """Return whether the gradients stay whole on the device until the step."""
         return self.shards(2) == 1 and self.sharding.engine != "fsdp"
