@@ -29,13 +29,8 @@ from tunebook.recipe.configs import ScriptArguments
 REPO = "org/model"
 PUSH = {"push_to_hub_revision": True, "hub_model_id": REPO, "hub_revision": "v1"}
 ARITHMETIC = {"benchmarks": ["arithmetic"]}
-BEST = {
-    "eval_strategy": "steps",
-    "eval_steps": 1,
-    "load_best_model_at_end": True,
-    "metric_for_best_model": "eval_bench_arithmetic_acc",
-    "greater_is_better": True,
-}
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True}
+BEST |= {"metric_for_best_model": "eval_bench_arithmetic_acc"}
 # The score of a checkpoint comes from its step, which the folder's name tells; the model must be readable.
 LM_EVAL = """
 import json, sys

@@ -30,6 +30,7 @@ FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 SIZES = dict(vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
 SIZES |= dict(max_position_embeddings=64, pad_token_id=0, initializer_range=0.3)
 GQA = dict(num_key_value_heads=2)
+SOFT_CAPS = dict(attn_logit_softcapping=4.0, final_logit_softcapping=3.0)
 MOE = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, output_router_logits=True)
 MODELS = {
     "Llama": ("Llama", GQA),
@@ -38,10 +39,7 @@ MODELS = {
     "Qwen3": ("Qwen3", GQA | dict(head_dim=8)),
     "Mistral": ("Mistral", GQA | dict(sliding_window=None)),
     "Mistral with a window": ("Mistral", GQA | dict(sliding_window=4)),
-    "Gemma 2, soft-capped": (
-        "Gemma2",
-        GQA | dict(head_dim=8, sliding_window=4, attn_logit_softcapping=4.0, final_logit_softcapping=3.0),
-    ),
+    "Gemma 2, soft-capped": ("Gemma2", GQA | SOFT_CAPS | dict(head_dim=8, sliding_window=4)),
     "GPT-NeoX": ("GPTNeoX", {}),
     "Qwen3 MoE": ("Qwen3Moe", GQA | MOE | dict(head_dim=8, router_aux_loss_coef=0.1)),
 }
@@ -286,13 +284,8 @@ def folder(tmp_path_factory):
 
 
 def preferences():
-    return Dataset.from_dict(
-        {
-            "prompt": ["what is " * (1 + i % 3) for i in range(24)],
-            "chosen": ["five " * (1 + i % 5) + "plus" for i in range(24)],
-            "rejected": ["five two " * (1 + i % 4) for i in range(24)],
-        }
-    )
+    texts = [("what is " * (1 + i % 3), "five " * (1 + i % 5) + "plus", "five two " * (1 + i % 4)) for i in range(24)]
+    return Dataset.from_list([dict(zip(("prompt", "chosen", "rejected"), row, strict=True)) for row in texts])
 
 
 SETTINGS = {

@@ -122,6 +122,13 @@ def test_global_batch_size_sets_the_accumulation():
     assert args.gradient_accumulation_steps == 8
 
 
+def test_open_r1s_callback_is_our_key():
+    args = parse(
+        "sft", BASE | {"callbacks": ["push_to_hub_revision"], "hub_model_id": "a/b", "hub_revision": "v"}
+    ).training
+    assert args.push_to_hub_revision and args.callbacks == []
+
+
 def test_fsdp_on_a_cpu_is_refused_by_name(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(RecipeError, match="FSDP needs a GPU"):

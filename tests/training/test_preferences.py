@@ -44,6 +44,7 @@ from tunebook.tools.score import load_scorer, score_file
 from tunebook.training.models import load_reward_model
 from tunebook.training.trainers import PairPackingMixin, offloaded_parameters
 
+BENCHMARKED = {"do_eval": True, "test_split_size": 9}
 LORA = {"use_peft": True, "lora_target_modules": ["q_proj"], "learning_rate": 0.05}
 
 
@@ -322,6 +323,16 @@ def test_an_objective_equals_float64_arithmetic_on_random_cases(name, dpo_traine
         assert dpo_loss(dpo_trainer, logps, ref, mask) == pytest.approx(expected, **tolerance), case
 
 
+def test_cdpo_equals_trls_aot_at_one_pair(dpo_trainer):
+    """aot sorts the batch before it pairs; with one pair there is nothing to sort."""
+    for case in random_cases(seed=2, count=20):
+        one = [torch.stack([x[0], x[len(x) // 2]]) for x in case]
+        settle(dpo_trainer, label_smoothing=0.2)
+        ours = dpo_loss(dpo_trainer, *one)
+        settle(dpo_trainer, label_smoothing=0.2, loss_type=["aot"])
+        assert ours == pytest.approx(dpo_loss(dpo_trainer, *one), rel=1e-5)
+
+
 def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
     for logps, ref, mask in random_cases(seed=5, count=20):
         combined = dict(loss_type=["sigmoid", "ipo", "hinge"], loss_weights=[0.5, 0.1, 2.0], nll_loss_coef=0.3)
@@ -337,13 +348,10 @@ def test_the_three_terms_combine_with_trls_losses_and_weights(dpo_trainer):
         assert ours == pytest.approx(expected, rel=1e-4)
 
 
-LOSSES = (
-    "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop sft "
-    "sigmoid_norm"
-)
+LOSSES = "sigmoid hinge ipo exo_pair nca_pair robust bco_pair sppo_hard aot aot_unpaired apo_zero apo_down discopop"
 
 
-@pytest.mark.parametrize("loss_type", LOSSES.split())
+@pytest.mark.parametrize("loss_type", [*LOSSES.split(), "sft", "sigmoid_norm"])
 def test_every_loss_of_trl_trains_packed_as_padded(loss_type, tiny, pair_rows, tmp_path, monkeypatch):
     monkeypatch.setattr(PairPackingMixin, "_get_train_sampler", trl.DPOTrainer._get_train_sampler)  # the same batches
     smoothing = {"label_smoothing": 0.1} if loss_type in ("exo_pair", "robust", "aot") else {}
@@ -438,11 +446,7 @@ def test_batches_that_would_be_balanced_in_another_way_are_not_resumed(change, m
     ("task", "keys", "message"),
     [
         ("rm", {"router_aux_loss_coef": 0.01}, "not a mixture of experts"),
-        (
-            "rm",
-            {"do_eval": True, "test_split_size": 9, "pair_benchmarks": ["sides.jsonl"]},
-            "sides has no column prompt",
-        ),
+        ("rm", BENCHMARKED | {"pair_benchmarks": ["sides.jsonl"]}, "sides has no column prompt"),
         ("dpo", {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1}, "label_smoothing"),
     ],
 )

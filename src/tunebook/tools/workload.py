@@ -115,7 +115,7 @@ class Workload:
 
     @property
     def state_size(self) -> int:
-        """Return the bytes that the optimizer keeps per trained parameter; under DeepSpeed also the parameter in float32."""
+        """Return the bytes that the optimizer keeps per trained parameter, with DeepSpeed's own copy in float32."""
         states = next((count for name, count in STATES.items() if name in self.optim), 2)
         deepspeed = self.sharding.engine == "deepspeed"
         each = 1 if "8bit" in self.optim else 4 if deepspeed else self.stored_size

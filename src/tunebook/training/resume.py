@@ -141,4 +141,5 @@ class RunMixin(MuonMixin, ContextParallelMixin):
             recipe = write_yaml(self.record["recipe"]).rstrip()
             rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
             with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
-                card.write(f"\n## Recipe\n\n```yaml\n{recipe}\n```\n\n## Data\n\n{rows}\n")
+                # Tildes, since a chat template may hold a fence of backticks
+                card.write(f"\n## Recipe\n\n~~~~yaml\n{recipe}\n~~~~\n\n## Data\n\n{rows}\n")
