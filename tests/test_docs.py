@@ -9,11 +9,11 @@ import sys
 from textwrap import dedent, indent
 
 import pytest
-import yaml
 from conftest import ROOT, options, short_recipe
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from typer.testing import CliRunner
 
+from tunebook.files import read_yaml
 from tunebook.following import validate_callbacks
 from tunebook.following.benchmarks import find_benchmark
 from tunebook.recipe import TASKS, parse, read_command_line, read_recipe
@@ -49,7 +49,7 @@ def test_every_command_in_the_docs_is_one(command):
 
 @pytest.mark.parametrize("block", blocks("yaml"))
 def test_every_recipe_in_the_docs_parses(block):
-    parse("sft", yaml.safe_load(block) | {"learning_rate": 2e-5})
+    parse("sft", read_yaml(block, "the docs"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -58,7 +58,7 @@ def launched_sharding(args: Any) -> Sharding:
     if args.deepspeed_plugin is not None:
         return zero_sharding(args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}), args.world_size)
     if uses_fsdp():
-        return Sharding("fsdp", args.world_size, 3, offloads_fsdp(), offloads_fsdp())
+        return fsdp_sharding(offloads_fsdp(), args.world_size)
     return unsharded(args.world_size)
 
 
@@ -66,6 +66,10 @@ def zero_sharding(zero: Mapping[str, Any], processes: int) -> Sharding:
     """Return the sharding of a DeepSpeed config's `zero_optimization`."""
     offloads = [(zero.get(f"offload_{what}") or {}).get("device") in ("cpu", "nvme") for what in ("optimizer", "param")]
     return Sharding("deepspeed", processes, zero.get("stage", 0), *offloads)
+
+
+def fsdp_sharding(offloads: bool, processes: int) -> Sharding:
+    return Sharding("fsdp", processes, 3, offloads, offloads)
 
 
 def unsharded(processes: int) -> Sharding:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ..data.loading import NothingToTrain, load_recipe_data
 from ..data.tokenizer import CHATML, end_of_turn_ids
-from ..environment import Sharding, launched_sharding, unsharded, zero_sharding
+from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded, zero_sharding
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, shipped
 from ..recipe import Recipe
@@ -83,8 +83,7 @@ def read_sharding(config: str | None, processes: int | None) -> Sharding:
             zero["stage"] = deepspeed["zero_stage"]
         return zero_sharding(zero, count)
     if fsdp := values.get("fsdp_config"):
-        offloads = bool(fsdp.get("fsdp_offload_params"))
-        return Sharding("fsdp", count, 3, offloads, offloads)
+        return fsdp_sharding(bool(fsdp.get("fsdp_offload_params")), count)
     return unsharded(count)
 
 
