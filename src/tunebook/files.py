@@ -46,6 +46,20 @@ def yaml_1_2() -> YAML:
     return yaml
 
 
+def read_text(path: Path) -> str:
+    """Read a text file in UTF-8, with or without a byte order mark, with any line ends.
+
+    Raises:
+        RecipeError: when it is not in UTF-8; the message has the line.
+    """
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise RecipeError(f"{path}, line {line}: not UTF-8 ({error.reason}). Save the file in UTF-8.") from error
+
+
 def read_yaml(text: str, name: str) -> Any:
     """Parse YAML 1.2.
 

@@ -84,7 +84,8 @@ def load_recipe_data(recipe: Recipe, sample: int | None = None) -> tuple[PreTrai
     """
     tokenizer = load_recipe_tokenizer(recipe)
     sources = read_sources(recipe, sample)
-    settle_template(tokenizer, bool(recipe.script.apply_chat_template) or sources.have_turns)
+    has_turns = bool(recipe.script.apply_chat_template) or sources.have_turns
+    settle_template(tokenizer, has_turns, needs_eos=not all_keys(recipe).get("pretraining"))
     return tokenizer, load_data(recipe, sources, tokenizer)
 
 
