@@ -1,8 +1,8 @@
 """A recipe's key is honoured or refused, never ignored."""
 
-import logging
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -12,12 +12,12 @@ import yaml
 from conftest import ROOT, launch, read_cases
 
 from tunebook.errors import RecipeError
-from tunebook.recipe import TASKS, parse, parser, read_command_line, read_recipe
+from tunebook.recipe import TASKS, command_line, find_task, parse, parser, read_command_line, read_recipe, schema
 from tunebook.recipe.needs import TERM, holds
 from tunebook.recipe.rules import NEEDS, RANGES, RULES
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o", "bf16": False}
-KEYS = {name for task in TASKS for name in parser.task_keys(task)}
+KEYS = {name for task in TASKS for name in schema.task_keys(task)}
 
 
 @pytest.mark.parametrize(("task", "keys", "message"), read_cases("recipe/mistakes.yaml"))
@@ -36,7 +36,7 @@ def test_all_mistakes_are_said_at_once():
 
 def test_every_rule_and_condition_names_keys_that_exist():
     assert {name for name, _ in NEEDS} | set(RANGES) <= KEYS
-    fields = [field for task in TASKS for field, _ in parser.task_keys(task).values()]
+    fields = [field for task in TASKS for field, _ in schema.task_keys(task).values()]
     conditions = [need for field in fields for need in field.metadata.get("needs", ())] + [need for _, need in NEEDS]
     for condition in conditions + [rule["if"] for rule in RULES["contradictions"]]:
         for term in re.split(", or | and ", condition.partition("; ")[0]):
@@ -60,12 +60,12 @@ def test_a_condition_holds_as_it_reads(condition, holding, failing):
 
 
 def test_a_key_that_trl_or_transformers_still_has_is_never_called_gone():
-    live = {name for config in (trl.SFTConfig, trl.RewardConfig, trl.DPOConfig) for name in parser.keys_of(config)}
-    assert {name for name, old in parser.old_keys().items() if old.kind == "chosen"} == live & parser.old_keys().keys()
+    live = {name for config in (trl.SFTConfig, trl.RewardConfig, trl.DPOConfig) for name in schema.keys_of(config)}
+    assert {name for name, old in schema.old_keys().items() if old.kind == "chosen"} == live & schema.old_keys().keys()
 
 
 def test_renamed_keys_are_not_offered_as_near_names():
-    assert all("Did you mean" not in parser.unknown_key("sft", name) for name in parser.old_keys())
+    assert all("Did you mean" not in schema.unknown_key("sft", name) for name in schema.old_keys())
 
 
 def test_a_file_is_yaml_1_2_with_anchors(tmp_path):
@@ -107,14 +107,66 @@ def test_the_command_line_overrides_lists_flags_and_nested_keys():
 
 
 def test_nested_overrides_keep_the_recipes_other_entries():
-    merged = parser.merge({"lr_scheduler_kwargs": {"a": 1, "b": 2}}, {"lr_scheduler_kwargs": {"b": 3}})
+    merged = command_line.merge({"lr_scheduler_kwargs": {"a": 1, "b": 2}}, {"lr_scheduler_kwargs": {"b": 3}})
     assert merged == {"lr_scheduler_kwargs": {"a": 1, "b": 3}}
 
 
-def test_a_recipes_key_that_the_command_line_makes_idle_is_a_warning(caplog):
-    with caplog.at_level(logging.WARNING):
-        parse("sft", BASE | {"num_train_epochs": 2}, {"max_steps": 5})
-    assert "num_train_epochs" in caplog.text
+@pytest.fixture(scope="module")
+def shipped_recipes() -> list[tuple[str, dict]]:
+    return [(find_task(path), read_recipe(path)) for path in sorted(ROOT.glob("recipes/**/*.yaml"))]
+
+
+@pytest.mark.parametrize("words", read_cases("recipe/overrides.yaml"))
+def test_the_command_line_wins_over_every_shipped_recipe(words, shipped_recipes, monkeypatch, caplog):
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True)
+    typed = read_command_line(shlex.split(words))[1]
+    recipes = [(task, recipe) for task, recipe in shipped_recipes if typed.keys() <= schema.task_keys(task).keys()]
+    assert recipes
+    for task, recipe in recipes:
+        caplog.clear()
+        parsed = parse(task, recipe, typed)
+        values = {
+            name: value for part in (parsed.script, parsed.model, parsed.training) for name, value in vars(part).items()
+        }
+        wanted = schema.read_values(task, typed)[0]
+        held = {name: values[name] for name in typed if name not in ("report_to", "lr_scheduler_kwargs")}
+        assert held == {name: wanted[name] for name in held}
+        lost = {name for name in recipe if name not in parsed.given}
+        changed = {name for name in recipe.keys() - typed.keys() - lost if parsed.given[name] != recipe[name]}
+        lines = [record.getMessage() for record in caplog.records if "The command line wins" in record.getMessage()]
+        assert len(lines) == bool(lost | changed)
+        assert all(f"{name}: " in lines[0] for name in lost | changed)
+
+
+@pytest.mark.parametrize(("recipe", "words", "dropped", "put"), read_cases("recipe/displaced.yaml"))
+def test_the_command_line_displaces_what_contradicts_it_and_nothing_else(recipe, words, dropped, put):
+    typed = read_command_line(shlex.split(words))[1]
+    given = command_line.overridden("sft", BASE | recipe, typed)
+    assert given == {name: value for name, value in (BASE | recipe | typed | put).items() if name not in dropped}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words", "message"),
+    [
+        ({}, "--eval_steps 50", "`eval_steps` has no effect here. It needs eval_strategy: steps"),
+        ({}, "--eval_steps 50 --eval_strategy no", "`eval_steps` has no effect here"),
+        ({"bf16": None}, "--bf16 true --fp16 true", "both true"),
+        ({"lora_r": 4}, "--learning_rate 1", "`lora_r` has no effect here"),
+        ({"datasets": [{"path": "a"}]}, "--seed 1", "both set"),
+    ],
+)
+def test_a_contradiction_within_one_place_is_refused(recipe, words, message):
+    with pytest.raises(RecipeError, match=message):
+        parse("sft", BASE | recipe, read_command_line(shlex.split(words))[1])
+
+
+def test_text_has_the_characters_that_were_typed():
+    words = "--run_name 7 --hub_revision 1.10 --output_dir 2024-11-30 --stop_sequences 1 yes --prompt_template '[Q] {}'"
+    words += " --system_prompt '' --eos_token null --loss_weights 1 0.5"
+    assert read_command_line(shlex.split(words))[1] == {
+        **{"run_name": "7", "hub_revision": "1.10", "output_dir": "2024-11-30", "stop_sequences": ["1", "yes"]},
+        **{"prompt_template": "[Q] {}", "system_prompt": "", "eos_token": None, "loss_weights": [1, 0.5]},
+    }
 
 
 def test_global_batch_size_sets_the_accumulation():

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from tunebook.data.sources import load_source
 from tunebook.errors import RecipeError
-from tunebook.recipe import TASKS, parse, parser, read_recipe
+from tunebook.recipe import TASKS, parse, read_recipe, schema
 from tunebook.tools.cli import app
 from tunebook.tools.conversions import CONVERSIONS, share_of
 from tunebook.tools.migrate import LAUNCH, list_keys, migrate, read_table, tables
@@ -125,7 +125,7 @@ def test_every_flag_is_carried_over_or_listed(task):
 
 
 def test_every_key_and_field_that_the_tables_name_exists():
-    known = {name for classes in TASKS.values() for cls in classes for name in parser.keys_of(cls)}
+    known = {name for classes in TASKS.values() for cls in classes for name in schema.keys_of(cls)}
     fields = set("keys values set cases convert when matches otherwise note caveat older".split())
     entries = [*read_table("handbook")["settings"].values(), *read_table("openrlhf")["settings"].values()]
     entries += [case for entry in entries for case in entry.get("cases", ())]

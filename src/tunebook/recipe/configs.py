@@ -125,6 +125,8 @@ class RunConfig:
         True, "Recompute activations in the backward pass; only cheap ones with {selective: true} in its kwargs."
     )
 
+    # transformers' default, false, has no effect either
+    do_train: bool = key(True, "A run always trains.", "do_train: true; a run always trains")
     optim: str = key("adamw_torch_fused", "muon, or one of transformers' optimizers: adamw_torch_fused, adafactor, ...")
     muon_learning_rate: float | None = key(
         None, "Learning rate of the hidden matrices. Default: 0.2 x sqrt(hidden_size) x learning_rate.", MUON, gt=0

@@ -20,21 +20,29 @@ TERM = re.compile(
 
 def holds(condition: str, values: Values) -> bool:
     """Return whether a condition holds; a key that the task does not have is false."""
-    alternatives = condition.partition("; ")[0].split(", or ")
-    return any(all(holds_term(term, values) for term in terms.split(" and ")) for terms in alternatives)
+    return any(all(holds_term(term, values) for term in terms) for terms in alternatives(condition))
+
+
+def alternatives(condition: str) -> list[list[str]]:
+    """Return the terms of each alternative of a condition."""
+    return [terms.split(" and ") for terms in condition.partition("; ")[0].split(", or ")]
 
 
 def holds_term(term: str, values: Values) -> bool:
     parts = TERM.fullmatch(term)
     value = values.get(parts["key"], False)
     if parts["values"]:
-        wanted = re.split(", | or ", parts["values"])
-        return bool(set(wanted) & {written(v) for v in (value if isinstance(value, list) else [value])})
+        return bool(set(wanted_values(parts)) & {written(v) for v in (value if isinstance(value, list) else [value])})
     if parts["other"]:
         return written(value) != parts["other"]
     if parts["least"]:
         return value >= int(parts["least"])
     return is_set(value) != bool(parts["no"])
+
+
+def wanted_values(parts: re.Match) -> list[str]:
+    """Return the values of a term `key: value or value`; none where it has another form."""
+    return re.split(", | or ", parts["values"]) if parts["values"] else []
 
 
 def written(value: Any) -> str:

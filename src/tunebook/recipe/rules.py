@@ -1,10 +1,13 @@
 """What keys may be and need, and which contradict each other: checked before a model or data is loaded."""
 
 from collections.abc import Iterator
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from annotated_types import Interval
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
+from transformers.trainer_utils import SchedulerType
 
 from ..environment import fsdp_version, launched_sharding, offloads_fsdp, uses_fsdp
 from ..files import read_yaml
@@ -33,8 +36,21 @@ def contradictions(v: Values) -> Iterator[str]:
     smoothed = holds("loss_type: robust, exo_pair, aot or aot_unpaired", v)
     if v.get("label_smoothing") and holds("loss_type: sigmoid", v) and smoothed:
         yield "`label_smoothing` is one value in TRL, but two of the losses read it differently. Leave one loss out."
+    yield from schedule_contradictions(v)
     if (v.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
         yield "`dataset_kwargs.skip_prepare_dataset` has no effect: the trainer gets tokenized rows. Remove it."
+
+
+def schedule_contradictions(v: Values) -> Iterator[str]:
+    schedule, given = SchedulerType(v["lr_scheduler_type"]), v["lr_scheduler_kwargs"]
+    parameters = signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters
+    takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
+    taken = parameters.keys() - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
+    if isinstance(given, dict) and not takes_any and (unknown := given.keys() - taken):
+        yield (
+            f"`lr_scheduler_kwargs`: {schedule.value} has no {', '.join(sorted(unknown))}. It takes "
+            f"{', '.join(sorted(taken)) or 'nothing'}; or set another `lr_scheduler_type`."
+        )
 
 
 def mixture_contradictions(v: Values) -> Iterator[str]:

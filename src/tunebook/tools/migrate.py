@@ -18,7 +18,8 @@ from jinja2 import Template
 
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, write_yaml
-from ..recipe import needs, parser
+from ..recipe import needs, parser, schema
+from ..recipe.command_line import read_words, split_flags
 from .conversions import CONVERSIONS, Settings
 
 LAUNCH = "accelerate launch --config_file"  # a key of the tables that is not one of the recipe
@@ -30,7 +31,7 @@ def read_table(system: str) -> dict[str, Any]:
     path = Path(__file__).with_name("migrations") / f"{system}.yaml"
     table = read_yaml(path.read_text(encoding="utf-8"), path.name)
     if table["renamed"]:
-        renamed = {name: {"keys": old.new or "", "note": old.note} for name, old in parser.old_keys().items()}
+        renamed = {name: {"keys": old.new or "", "note": old.note} for name, old in schema.old_keys().items()}
         table["settings"] = renamed | table["settings"]
     return table
 
@@ -126,11 +127,11 @@ class Migration:
 
     def check(self) -> None:
         """Move keys that the recipe's parser refuses, or that have no effect, out of the recipe."""
-        values, refused = parser.read_values(self.task, self.recipe)
+        values, refused = schema.read_values(self.task, self.recipe)
         self.drop(refused)
-        while dead := parser.dead_keys(self.recipe, values):
+        while dead := schema.dead_keys(self.recipe, values):
             self.drop({name: f"`{name}` would have no effect. It needs {need}." for name, need in dead.items()})
-            values, _ = parser.read_values(self.task, self.recipe)
+            values, _ = schema.read_values(self.task, self.recipe)
         try:
             # tf32 is checked where the recipe is launched: it depends on the GPU
             parser.parse(self.task, {name: value for name, value in self.recipe.items() if name != "tf32"})
@@ -174,7 +175,7 @@ def read_command(text: str, task: str | None) -> tuple[str, dict[str, Any]]:
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     with user_errors():
         words = list(takewhile(lambda word: word[:1] != "#" and (not word or set(word) - set(ends)), lexer))
-    return found[0][1], parser.read_flags(words)
+    return found[0][1], {name: read_words(values) for name, values in split_flags(words).items()}
 
 
 def migrate(source: str, task: str | None = None) -> Migration:

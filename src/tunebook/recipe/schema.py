@@ -1,0 +1,174 @@
+"""The keys of a task's recipe: their types, defaults and names, and which of them have an effect.
+
+Unknown keys fail with the nearest names, renamed keys with the new one, wrong types and ranges with what is allowed.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import date
+from enum import Enum
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import RecipeError
+from ..files import read_yaml
+from . import configs
+from .needs import holds
+from .rules import NEEDS, RANGES, contradictions
+
+TASKS = {
+    "sft": (configs.ScriptArguments, configs.SFTConfig, configs.ModelConfig),
+    "rm": (configs.ScriptArguments, configs.RewardConfig, configs.RewardModelConfig),
+    "dpo": (configs.ScriptArguments, configs.DPOConfig, configs.ModelConfig),
+}
+
+
+@dataclass(frozen=True)
+class OldKey:
+    """A key of public recipes that ours do not have (renamed.yaml)."""
+
+    kind: str  # "renamed", "removed", or "chosen": a live key of TRL or transformers that tunebook sets
+    new: str | None = None  # the key to set instead
+    note: str = ""  # a sentence on what to do, or how the values differ
+
+    def message(self, name: str) -> str:
+        forms = {
+            "renamed": f"`{name}` was renamed. Set `{self.new}` instead.",
+            "removed": f"`{name}` was removed.",
+            "chosen": f"`{name}` follows from `{self.new}`. Set that key." if self.new else f"Tunebook sets `{name}`.",
+        }
+        return f"{forms[self.kind]} {self.note}".rstrip()
+
+
+@cache
+def old_keys() -> dict[str, OldKey]:
+    path = Path(__file__).with_name("renamed.yaml")
+    kinds = read_yaml(path.read_text(encoding="utf-8"), path.name)
+    return {name: OldKey(kind, **entry) for kind, entries in kinds.items() for name, entry in entries.items()}
+
+
+@cache
+def keys_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """Return name -> (dataclass field, resolved type) for every key of a config."""
+    hints = get_type_hints(cls)
+    return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
+
+
+def task_keys(task: str) -> dict[str, tuple[dataclasses.Field, Any]]:
+    """Return [`keys_of`] all three configs of a task."""
+    return {name: entry for cls in TASKS[task] for name, entry in keys_of(cls).items()}
+
+
+def unknown_key(task: str, name: str) -> str:
+    """Return the message for a key that the task does not have."""
+    if name in old_keys():
+        return old_keys()[name].message(name)
+    if name == "benchmarks":  # of reward models, before they had a name of their own
+        return f"`benchmarks` of {task} was renamed. Set `pair_benchmarks` instead."
+    owners = [other for other, classes in TASKS.items() if any(name in keys_of(cls) for cls in classes)]
+    if owners:
+        return f"`{name}` is a key of {' and '.join(owners)}, not of {task}. Remove it."
+    near = difflib.get_close_matches(name, task_keys(task), n=3, cutoff=0.6)
+    return f"`{name}` is not a key." + (f" Did you mean {' or '.join(near)}?" if near else " See --help for all keys.")
+
+
+def default(field: dataclasses.Field) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def read_values(task: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return every key of a task with its given or default value, and the mistakes: key -> message."""
+    known = task_keys(task)
+    values = {"task": task, **{name: default(field) for name, (field, _) in known.items()}}
+    mistakes = {}
+    for name, value in given.items():
+        if name in old_keys() or name not in known:
+            mistakes[name] = unknown_key(task, name)
+            continue
+        try:
+            values[name] = read_value(name, value, *known[name])
+        except RecipeError as error:
+            mistakes[name] = str(error)
+    return values, mistakes
+
+
+type_adapter = cache(TypeAdapter)
+
+
+def read_value(name: str, value: Any, field: dataclasses.Field, hint: Any) -> Any:
+    """Return the value in the key's type.
+
+    Raises:
+        RecipeError: when it has another type, is out of range or not one of the choices.
+    """
+    if isinstance(value, bool) and "bool" not in str(hint) and hint is not Any:
+        raise RecipeError(f"`{name}`: {str(value).lower()} is not a {describe(hint)}.")
+    unquoted = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float | date)]
+    if takes_text(hint) and unquoted:
+        raise RecipeError(f"`{name}`: {unquoted[0]} is a number or a date in YAML, where text is needed. Quote it.")
+    if "list" in str(hint) and "str |" not in str(hint) and isinstance(value, str | int | float):
+        value = [value]
+    try:
+        limits = field.metadata.get("range") or RANGES.get(name)
+        value = type_adapter(Annotated[hint, limits] if limits else hint).validate_python(value)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        where = "".join(f"[{part}]" for part in fault["loc"] if part not in describe(hint).split(" | "))
+        message = fault["msg"][0].lower() + fault["msg"][1:]
+        raise RecipeError(f"`{name}{where}`: {message}, got {fault['input']!r} ({describe(hint)}).") from error
+    choices = field.metadata.get("choices") or [choice.value for choice in list_choices(hint)]
+    if choices and value is not None and value not in choices:
+        raise RecipeError(f"`{name}`: {value!r} is not one of {', '.join(choices)}.")
+    return value
+
+
+def list_choices(hint: Any) -> list[Enum]:
+    """Return the members of the enumeration that a hint allows as text: transformers' strategies and schedules."""
+    enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+    return [choice for kind in enums for choice in kind]
+
+
+def takes_text(hint: Any) -> bool:
+    """Return whether a key of this type has text, and neither numbers nor flags."""
+    kinds = list_kinds(hint)
+    return any(issubclass(kind, str) for kind in kinds) and not kinds & {bool, int, float}
+
+
+def takes_structure(hint: Any) -> bool:
+    """Return whether a key of this type may have a list or a mapping."""
+    return bool(list_kinds(hint) & {list, dict})
+
+
+def list_kinds(hint: Any) -> set[type]:
+    """Return the plain types of a hint, those of a list's elements among them."""
+    if get_origin(hint) is Literal:
+        return {type(choice) for choice in get_args(hint)}
+    if get_origin(hint) is dict:
+        return {dict}
+    kinds = {hint if isinstance(hint, type) else get_origin(hint)} & {list} if get_args(hint) else {hint}
+    return kinds.union(*map(list_kinds, get_args(hint)))
+
+
+def describe(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("tunebook.recipe.configs.", "")
+
+
+def dead_keys(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:
+    """Return key -> what it needs, for every given key that has no effect in this combination."""
+    fields = {name: field for name, (field, _) in task_keys(values["task"]).items()}
+    needs = [(name, need) for name, field in fields.items() for need in field.metadata.get("needs", ())]
+    return {name: need for name, need in needs + NEEDS if name in given and not holds(need, values)}
+
+
+def faults(given: Mapping[str, Any], values: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with valid keys in combination, a message each. A key that is set to its default may be
+    without effect, since it asks for nothing."""
+    fields = {name: field for name, (field, _) in task_keys(values["task"]).items()}
+    dead = {name: need for name, need in dead_keys(given, values).items() if values[name] != default(fields[name])}
+    idle = [f"`{name}` has no effect here. It needs {need}." for name, need in dead.items()]
+    return idle + list(contradictions(values))
