@@ -3,31 +3,38 @@
 accelerate launch --config_file configs/accelerate/zero3.yaml src/sft.py --config recipes/quickstart/sft.yaml
 """
 
+# ruff: noqa: E402
 import sys
+from pathlib import Path
+
+from tunebook.errors import end_on_signals, exit_on_error
+
+if __name__ == "__main__":
+    end_on_signals()  # also while the libraries load
 
 from transformers import AutoModelForCausalLM
 
-from tunebook.errors import exit_on_error
 from tunebook.recipe import Recipe, parse_command_line
 from tunebook.tools.check import check
-from tunebook.training import SFTTrainer, fit, load_model, prepare
+from tunebook.training import SFTTrainer, fit, held, load_model, prepare
 
 
 def main(recipe: Recipe) -> SFTTrainer:
     if recipe.training.dry_run:
         raise SystemExit(check(recipe))
-    run = prepare(recipe)
-    model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer)
-    trainer = SFTTrainer(
-        model=model,
-        args=recipe.training,
-        train_dataset=run.data.train,
-        eval_dataset=run.data.eval,
-        processing_class=run.tokenizer,
-        peft_config=peft_config,
-        record=run.record,
-    )
-    fit(trainer, run)
+    with held(Path(recipe.training.output_dir)):
+        run = prepare(recipe)
+        model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer)
+        trainer = SFTTrainer(
+            model=model,
+            args=recipe.training,
+            train_dataset=run.data.train,
+            eval_dataset=run.data.eval,
+            processing_class=run.tokenizer,
+            peft_config=peft_config,
+            record=run.record,
+        )
+        fit(trainer, run)
     return trainer
 
 

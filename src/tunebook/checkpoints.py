@@ -1,22 +1,25 @@
 """Checkpoints: which one is complete, what it was made from, and which one to resume from.
 
-A checkpoint is complete when its manifest.json is there and every file has the size that is written in it. The manifest
-is written last, and older checkpoints are deleted only after that: however a run ends, the newest one is whole.
+A checkpoint is complete when its manifest.json is there. The manifest is written last, and older checkpoints are
+deleted only after that: however a run ends, the newest one is complete. It is whole when every file, and the manifest
+itself, has the size and the checksum that the manifest holds; a run resumes from whole checkpoints only.
 """
 
 import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import xxhash
 
 from .errors import RecipeError
 
@@ -44,17 +47,22 @@ def saving(what: str, output_dir: Path) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # tokenizers raises a bare one
         message = str(error).partition("\n")[0]
-        if not FULL.search(message):
+        if isinstance(error, RecipeError) or not FULL.search(message):
             raise
         free = shutil.disk_usage(output_dir).free
-        whole = list_checkpoints(output_dir)
         raise DiskFullError(
             f"{what} could not be saved, {free / 1e6:.1f} MB are free for {output_dir}: {message}\n"
-            + (f"{whole[-1].name} is whole. " if whole else "There is no checkpoint before it. ")
-            + f"Make room; the same command resumes from {whole[-1].name if whole else 'the start'}."
+            f"{resume_point(output_dir)} Make room first."
         ) from error
+
+
+def resume_point(output_dir: Path) -> str:
+    """Return, in words, which checkpoint is whole and what the same command does."""
+    if whole := list_checkpoints(output_dir):
+        return f"{whole[-1].name} is whole. The same command resumes from {whole[-1].name}."
+    return "There is no checkpoint. The same command resumes from the start."
 
 
 def begin(folder: Path) -> None:
@@ -62,6 +70,27 @@ def begin(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / BEGUN).touch()
     (folder / MANIFEST).unlink(missing_ok=True)
+
+
+class DamagedError(Exception):
+    """A complete checkpoint is not what was saved, or cannot be read."""
+
+
+def checksum(path: Path) -> str:
+    """Return the XXH3 hash of a file, which takes about 0.1 s per GB in memory."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_64).hexdigest()
+
+
+def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return name -> [`checksum`] of files of a folder."""
+    names = list(names)
+    with ThreadPoolExecutor(4) as pool:
+        return dict(zip(names, pool.map(lambda name: checksum(folder / name), names), strict=True))
+
+
+def own_checksum(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(manifest).encode())
 
 
 def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
@@ -73,49 +102,100 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in (MANIFEST, BEGUN):
         files.pop(name, None)
+    manifest = {**record, "files": files, "checksums": checksums(folder, files)}
     with open(folder / BEGUN, "w", encoding="utf-8") as file:
-        json.dump({**record, "files": files}, file, indent=2)
+        json.dump({**manifest, "checksum": own_checksum(manifest)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
     (folder / BEGUN).replace(folder / MANIFEST)
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """Return the manifest of a complete checkpoint; None for an incomplete one."""
+    """Return the manifest of a complete checkpoint; None for an incomplete one.
+
+    Raises:
+        DamagedError: the manifest cannot be read or has changed, or a file is missing or has another size.
+    """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-    except (FileNotFoundError, json.JSONDecodeError):
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict) or manifest.pop("checksum", None) != own_checksum(manifest):
+            raise DamagedError(f"{MANIFEST} does not match its checksum")
+        for name, size in manifest["files"].items():
+            if (found := (folder / name).stat().st_size) != size:
+                raise DamagedError(f"{name} has {found:,} bytes instead of {size:,}")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if (folder / MANIFEST).is_file():
+            raise DamagedError(f"{Path(error.filename).name} is missing") from error
         return None
-    return manifest if whole else None
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{MANIFEST} cannot be read: {error}") from error
+    return manifest
+
+
+def verify(folder: Path) -> str | None:
+    """Read a checkpoint whole; return why it cannot be resumed from, or None."""
+    try:
+        if (manifest := read_manifest(folder)) is None:
+            return f"its save was interrupted, or it is not a checkpoint of tunebook: it has no {MANIFEST}"
+        found = checksums(folder, manifest["files"])
+    except (DamagedError, OSError) as error:
+        return f"it is damaged: {error}"
+    changed = [name for name, expected in manifest["checksums"].items() if found[name] != expected]
+    return f"it is damaged: {', '.join(changed)} has changed since it was saved" if changed else None
+
+
+def is_complete(folder: Path) -> bool:
+    """Return whether a checkpoint is complete and has all files, as far as their sizes tell."""
+    try:
+        return read_manifest(folder) is not None
+    except DamagedError:
+        return False
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints, the least trained first."""
+    complete = filter(is_complete, checkpoint_folders(output_dir))
+    return sorted(complete, key=lambda path: read_manifest(path)["consumed_samples"])
+
+
+def checkpoint_folders(output_dir: Path) -> list[Path]:
+    """Return all that looks like a checkpoint, complete or not, in the order of their steps."""
     found = [path for path in output_dir.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    manifests = {path: read_manifest(path) for path in found}
-    return sorted((p for p, m in manifests.items() if m), key=lambda p: manifests[p]["consumed_samples"])
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def find_checkpoint(output_dir: Path, wish: str) -> Path | None:
-    """Return the checkpoint to resume from: the last complete one (auto), none (never), or a given one.
+    """Return the checkpoint to resume from: the last whole one (auto), none (never), or a given one.
 
     Raises:
-        RecipeError: when the given one does not exist or is incomplete.
+        RecipeError: the given one is not whole, or there are complete ones and none is whole.
     """
     if wish == "never":
         return None
     if wish != "auto":
-        if read_manifest(Path(wish)) is None:
+        if why := verify(Path(wish)):
             raise RecipeError(
-                f"`resume_from_checkpoint` {wish} is not a complete checkpoint of tunebook (it has no {MANIFEST}). Set "
-                "it to one, or to auto."
+                f"`resume_from_checkpoint` {wish} is not a complete checkpoint: {why}. Set it to one, or to auto."
             )
         return Path(wish)
-    complete = list_checkpoints(output_dir)
-    for path in set(output_dir.glob("checkpoint-*")) - set(complete):
-        logger.warning("%s is ignored: its save was interrupted, or it is not a checkpoint of tunebook.", path)
-    return complete[-1] if complete else None
+    complete, damaged = list_checkpoints(output_dir), []
+    for path in [*set(checkpoint_folders(output_dir)).difference(complete), *reversed(complete)]:
+        if (why := verify(path)) is None:
+            return path
+        logger.warning("%s is ignored: %s.", path, why)
+        if (path / MANIFEST).is_file():
+            damaged.append(f"{path.name}: {why}.")
+    if damaged:
+        raise RecipeError(
+            "\n".join([f"No checkpoint in {output_dir} can be resumed from.", *damaged])
+            + "\nRestore one, or set `resume_from_checkpoint: never` to start anew."
+        )
+    return None
 
 
 def set_aside(output_dir: Path, names: Sequence[str]) -> None:
@@ -123,7 +203,8 @@ def set_aside(output_dir: Path, names: Sequence[str]) -> None:
 
     A run that starts anew must not resume from them, rotate them or report their scores as its own.
     """
-    left = [*list_checkpoints(output_dir), *filter(Path.exists, (output_dir / name for name in names))]
+    saved = [path for path in checkpoint_folders(output_dir) if (path / MANIFEST).is_file()]
+    left = [*saved, *filter(Path.exists, (output_dir / name for name in names))]
     if left:
         folder = output_dir / f"before-{datetime.now():%Y%m%d-%H%M%S}"
         folder.mkdir()
@@ -162,17 +243,25 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool, deeps
             )
 
 
-def rotate(output_dir: Path, limit: int | None, max_gb: float | None, best: str | None) -> None:
+def rotate(
+    output_dir: Path, limit: int | None, max_gb: float | None, best: str | None, owing: Collection[Path] = ()
+) -> None:
     """Delete the least trained checkpoints while there are more than `limit`, or all together exceed `max_gb` (GB), and
-    those whose save was interrupted. The last one, the best one, and what other programs saved stay."""
+    those whose save was interrupted. The last one, the best one, those that still owe something, and what other
+    programs saved stay."""
     complete = list_checkpoints(output_dir)
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
         if (path / BEGUN).exists():
-            shutil.rmtree(path)
-    sizes = {path: sum(json.loads((path / MANIFEST).read_text())["files"].values()) / 1e9 for path in complete}
+            delete(path)
+    sizes = {path: sum(read_manifest(path)["files"].values()) / 1e9 for path in complete}
     for path in complete[:-1]:
         too_many = limit is not None and len(sizes) > limit
         too_large = max_gb is not None and sum(sizes.values()) > max_gb
-        if (too_many or too_large) and path != Path(best or ""):
-            shutil.rmtree(path)
+        if (too_many or too_large) and path not in {Path(best or ""), *owing}:
+            delete(path)
             del sizes[path]
+
+
+def delete(checkpoint: Path) -> None:
+    """Delete a checkpoint, or the link to one that is elsewhere."""
+    checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)

@@ -95,7 +95,7 @@ class ThroughputMixin:
 
     def training_step(self, *args, **kwargs):
         if self.since is None:
-            self.since = time.perf_counter()
+            self.since, self.counted = time.perf_counter(), self._total_train_tokens
         return super().training_step(*args, **kwargs)
 
     @contextmanager

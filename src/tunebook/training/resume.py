@@ -21,6 +21,7 @@ class RunMixin(MuonMixin, ContextParallelMixin):
     """
 
     shares_prefix = False  # of chosen and rejected
+    loss_before = 0.0  # sum over the steps of earlier starts
 
     def __init__(self, *args, record: Mapping[str, Any], **kwargs):
         self.record = record
@@ -51,10 +52,12 @@ class RunMixin(MuonMixin, ContextParallelMixin):
                     checkpoints.begin(output_dir / name)
                 self.accelerator.wait_for_everyone()
                 super()._save_checkpoint(model, trial)
-                self.accelerator.wait_for_everyone()
+                unlogged = self.accelerator.reduce(self._tr_loss, "mean").item()
                 if self.args.should_save:
-                    checkpoints.write_manifest(output_dir / name, {**self.record, **self.progress()})
-                    checkpoints.rotate(output_dir, limit, self.args.save_total_gb, self.state.best_model_checkpoint)
+                    record = {**self.record, **self.progress(), "train_loss": self.mean_loss(unlogged)}
+                    checkpoints.write_manifest(output_dir / name, record)
+                    best = self.state.best_model_checkpoint
+                    checkpoints.rotate(output_dir, limit, self.args.save_total_gb, best)
                 self.accelerator.wait_for_everyone()
         finally:
             self.args.save_total_limit = limit
@@ -69,7 +72,19 @@ class RunMixin(MuonMixin, ContextParallelMixin):
             "global_batch_size": self.global_batch_size,
             "world_size": self.args.world_size,
             "share_prefix": self.shares_prefix,
+            "num_tokens": self._total_train_tokens,
         }
+
+    def mean_loss(self, unlogged: float = 0.0) -> float:
+        """Return the loss, averaged over the steps of all starts of the run."""
+        return (self.loss_before + self._total_loss_scalar + unlogged) / max(self.state.global_step, 1)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        # PATCH(transformers<5.25): its `train_loss` is of the last start's steps. Waits for
+        # transformers/trainer.py:2008. Delete when it is of the whole run.
+        if "train_loss" in logs:
+            logs["train_loss"] = self.mean_loss()
+        super().log(logs, *args, **kwargs)
 
     def _init_training_state(
         self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
@@ -97,8 +112,13 @@ class RunMixin(MuonMixin, ContextParallelMixin):
                     f"{now} they come in a different order. Set "
                     f"{'num_processes' if name == 'world_size' else name}: {before}."
                 )
-        if manifest["global_batch_size"] == self.global_batch_size:
-            return position
+        self._total_train_tokens = manifest["num_tokens"]
+        if manifest["global_batch_size"] != self.global_batch_size:
+            position = self._resume_at_sample(manifest, resume_from_checkpoint, num_update_steps_per_epoch)
+        self.loss_before = manifest["train_loss"] * self.state.global_step
+        return position
+
+    def _resume_at_sample(self, manifest, resume_from_checkpoint, num_update_steps_per_epoch) -> tuple[int, int]:
         samples = manifest["samples_in_epoch"]
         steps, rest = divmod(samples, self.global_batch_size)
         if rest:

@@ -29,6 +29,7 @@ from ..following.scores import ROWS_FILE
 from ..following.trackers import set_wandb_environment
 from ..recipe import Recipe
 from ..recipe.configs import CausalLMConfig, count_groups, has_fast_bf16
+from .holding import SigtermCallback, from_main_process
 from .models import check_model
 from .progress import show_progress
 from .resume import RunMixin
@@ -62,7 +63,7 @@ def prepare(recipe: Recipe) -> Run:
         count_groups(args.world_size, args.context_parallel_size)
     set_seed(args.seed)
     output_dir = Path(args.output_dir)
-    checkpoint = checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint)
+    checkpoint = from_main_process(lambda: checkpoints.find_checkpoint(output_dir, args.resume_from_checkpoint))
     with user_errors(ConnectionError):
         set_wandb_environment(args)
         validate_callbacks(args, resumes=checkpoint is not None)
@@ -164,10 +165,11 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
         keep_freed_memory()
     show_progress(trainer)
     callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
-    for callback in callbacks:
+    for callback in [*callbacks, SigtermCallback(trainer)]:
         trainer.add_callback(callback)
     result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     with checkpoints.saving("The model", output_dir):
+        (output_dir / "all_results.json").unlink(missing_ok=True)  # a full disk may have cut it; it is written anew
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         if args.do_eval:
