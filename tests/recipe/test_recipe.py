@@ -1,5 +1,6 @@
 """A recipe's key is honoured or refused, never ignored."""
 
+import inspect
 import os
 import re
 import shlex
@@ -10,11 +11,12 @@ import pytest
 import trl
 import yaml
 from conftest import ROOT, launch, read_cases
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tunebook.errors import RecipeError
 from tunebook.recipe import TASKS, command_line, find_task, parse, parser, read_command_line, read_recipe, schema
 from tunebook.recipe.needs import TERM, holds
-from tunebook.recipe.rules import NEEDS, RANGES, RULES
+from tunebook.recipe.rules import CHOICES, NEEDS, RANGES, RULES
 
 BASE = {"model_name_or_path": "m", "dataset_name": "d.jsonl", "output_dir": "o", "bf16": False}
 KEYS = {name for task in TASKS for name in schema.task_keys(task)}
@@ -26,6 +28,24 @@ def test_a_mistake_is_refused_by_name(task, keys, message):
     with pytest.raises(RecipeError) as error:
         parse(task, given)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("branch", ["refs/pr/1", "v 1", "-x", "v1.lock", "a..b", "/a", "a/", "a.", "a~1", ".a", "a//b"])
+def test_what_cannot_be_a_branch_is_refused(branch):
+    keys = {"push_to_hub_revision": True, "hub_model_id": "me/mine", "hub_revision": branch}
+    with pytest.raises(RecipeError, match="cannot be a branch on the Hub"):
+        parse("sft", BASE | keys)
+    assert parse("sft", BASE | keys | {"hub_revision": "run-1.10/a_b"}).training.hub_revision == "run-1.10/a_b"
+
+
+def test_the_losses_of_dpo_are_trls():
+    source = inspect.getsource(trl.DPOTrainer._compute_loss)
+    assert set(CHOICES["loss_type"]) == set(re.findall(r'loss_type == "(\w+)"', source))
+    assert set(CHOICES["f_divergence_type"]) == set(re.findall(r'f_divergence_type == "(\w+)"', source))
+
+
+def test_the_trackers_are_transformers():
+    assert set(CHOICES["report_to"]) - {"none", "all"} == set(INTEGRATION_TO_CALLBACK)
 
 
 def test_all_mistakes_are_said_at_once():

@@ -1,8 +1,9 @@
 """Conditions on a recipe's keys, in the words in which they are shown.
 
 `eval_strategy: steps or epoch, or do_eval: true; explanation` holds where one of its alternatives does. An alternative
-is a list of terms joined by " and ". A term is `key: value or value`, `key other than value`, `key of 2 or more`,
-`key` (it is set) or `no key` (it is unset: null, false, empty, or not above 0). `task` is a key, too.
+is a list of terms joined by " and ". A term is `key: value or value`, `key other than value or value`,
+`key of 2 or more`, `key` (it is set) or `no key` (it is unset: null, false, empty, or not above 0). `task` is a key,
+too.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any
 Values = Mapping[str, Any]
 
 TERM = re.compile(
-    r"(?P<no>no )?(?P<key>[\w.]+)(?:: (?P<values>.+)| other than (?P<other>\S+)| of (?P<least>\d+) or more)?"
+    r"(?P<no>no )?(?P<key>[\w.]+)(?:: (?P<values>.+)| other than (?P<other>.+)| of (?P<least>\d+) or more)?"
 )
 
 
@@ -34,7 +35,7 @@ def holds_term(term: str, values: Values) -> bool:
     if parts["values"]:
         return bool(set(wanted_values(parts)) & {written(v) for v in (value if isinstance(value, list) else [value])})
     if parts["other"]:
-        return written(value) != parts["other"]
+        return written(value) not in re.split(", | or ", parts["other"])
     if parts["least"]:
         return value >= int(parts["least"])
     return is_set(value) != bool(parts["no"])

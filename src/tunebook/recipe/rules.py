@@ -1,11 +1,15 @@
 """What keys may be and need, and which contradict each other: checked before a model or data is loaded."""
 
+import difflib
+import re
 from collections.abc import Iterator
 from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any
 
 from annotated_types import Interval
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
@@ -20,7 +24,15 @@ RANGES = {
     for rule in RULES["ranges"]
     for name in rule["keys"].split()
 }
-NEEDS = [(name, rule["need"]) for rule in RULES["needs"] for name in rule["keys"].split()]
+CHOICES = {name: tuple(words.split()) for name, words in RULES["choices"].items()}
+NEEDS = [(name, rule["need"].replace("{key}", name)) for rule in RULES["needs"] for name in rule["keys"].split()]
+
+
+# What git check-ref-format takes, and refs/, which the Hub keeps for itself
+BRANCH = re.compile(
+    r"(?!-|refs/)(?!.*(\.\.|//|@\{|\.lock(/|$)|(^|/)\.))"  # no part begins with a dot or ends in .lock
+    r"[^\x00-\x20\x7f~^:?*\[\\/][^\x00-\x20\x7f~^:?*\[\\]*(?<![./])"
+)
 
 
 def contradictions(v: Values) -> Iterator[str]:
@@ -36,9 +48,16 @@ def contradictions(v: Values) -> Iterator[str]:
     smoothed = holds("loss_type: robust, exo_pair, aot or aot_unpaired", v)
     if v.get("label_smoothing") and holds("loss_type: sigmoid", v) and smoothed:
         yield "`label_smoothing` is one value in TRL, but two of the losses read it differently. Leave one loss out."
+    if v.get("loss_weights") is not None and len(v["loss_weights"]) != len(v["loss_type"]):
+        yield f"`loss_weights` has {len(v['loss_weights'])} weights, `loss_type` {len(v['loss_type'])}. Give each one."
+    if (v.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
+        yield "`liger_kernel_config`: fused_linear_cross_entropy would replace the head that scores labels. Remove it."
+    if v["optim_args"] and not all(re.fullmatch(r"\s*\w+=[^=]+", part) for part in v["optim_args"].split(",")):
+        yield f"`optim_args` {v['optim_args']!r} is not of the form name=value,name=value. Write it so."
     yield from schedule_contradictions(v)
-    if (v.get("dataset_kwargs") or {}).get("skip_prepare_dataset"):
-        yield "`dataset_kwargs.skip_prepare_dataset` has no effect: the trainer gets tokenized rows. Remove it."
+    yield from interval_contradictions(v)
+    yield from metric_contradictions(v)
+    yield from hub_contradictions(v)
 
 
 def schedule_contradictions(v: Values) -> Iterator[str]:
@@ -51,6 +70,54 @@ def schedule_contradictions(v: Values) -> Iterator[str]:
             f"`lr_scheduler_kwargs`: {schedule.value} has no {', '.join(sorted(unknown))}. It takes "
             f"{', '.join(sorted(taken)) or 'nothing'}; or set another `lr_scheduler_type`."
         )
+
+
+def interval_contradictions(v: Values) -> Iterator[str]:
+    for name in ("save_steps", "eval_steps", "logging_steps"):
+        if (v[name] or 0) > 1 and v[name] % 1:
+            yield f"`{name}` {v[name]} is neither a share of the steps below 1 nor a whole number. Set one of them."
+    save, evaluate = v["save_steps"], v["eval_steps"] or v["logging_steps"]
+    both = holds("load_best_model_at_end and save_strategy: steps and eval_strategy: steps", v)
+    if both and (save < 1) != (evaluate < 1):
+        yield "`load_best_model_at_end`: `save_steps` and `eval_steps` are a share and a number. Set both in one way."
+    elif both and round(save * 1e6) % round(evaluate * 1e6):
+        yield (
+            "`load_best_model_at_end` needs an evaluation at each checkpoint: save_steps is no multiple of eval_steps. "
+            f"Set `save_steps: {evaluate:g}`, or a multiple of it."
+        )
+
+
+def metric_contradictions(v: Values) -> Iterator[str]:
+    """Yield why no evaluation can have the metric for the best model."""
+    metric = v["metric_for_best_model"]
+    name, known = (metric or "loss").removeprefix("eval_"), RULES["metrics"]
+    if is_benchmark(metric):
+        key = "pair_benchmarks" if v["task"] == "rm" else "benchmarks"
+        if not v[key]:
+            yield f"`metric_for_best_model` {metric} is a benchmark's score. Set `{key}`, or another metric."
+    elif v["callbacks"] or v.get("eval_metrics") or (name.startswith("accuracy_") and v.get("subset_column")):
+        return
+    elif name not in (names := f"{known[v['task']]} {known['all']}".split()):
+        near = difflib.get_close_matches(name, names, n=1) or names[:1]
+        yield (
+            f"`metric_for_best_model` {metric}: no evaluation of this recipe has it. Did you mean eval_{near[0]}? "
+            f"There are {', '.join(names)}."
+        )
+
+
+def hub_contradictions(v: Values) -> Iterator[str]:
+    """Yield what the Hub, or git behind it, would not take as the name of a repository or a branch."""
+    repo_id, revision = v["hub_model_id"], v["hub_revision"]
+    if repo_id is not None:
+        try:
+            validate_repo_id(repo_id)
+        except HFValidationError as error:
+            yield f"`hub_model_id` {repo_id!r} is not a name on the Hub: {error}"
+        else:
+            if v["push_to_hub_revision"] and "/" not in repo_id:
+                yield f"`hub_model_id` {repo_id} has no owner. Write owner/{repo_id}."
+    if revision is not None and not BRANCH.fullmatch(revision):
+        yield f"`hub_revision` {revision!r} cannot be a branch on the Hub. Use letters, digits, '-', '_' and '.'."
 
 
 def mixture_contradictions(v: Values) -> Iterator[str]:

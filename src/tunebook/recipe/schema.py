@@ -5,7 +5,7 @@ Unknown keys fail with the nearest names, renamed keys with the new one, wrong t
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from enum import Enum
@@ -19,7 +19,7 @@ from ..errors import RecipeError
 from ..files import read_yaml
 from . import configs
 from .needs import holds
-from .rules import NEEDS, RANGES, contradictions
+from .rules import CHOICES, NEEDS, RANGES, contradictions
 
 TASKS = {
     "sft": (configs.ScriptArguments, configs.SFTConfig, configs.ModelConfig),
@@ -121,16 +121,26 @@ def read_value(name: str, value: Any, field: dataclasses.Field, hint: Any) -> An
         where = "".join(f"[{part}]" for part in fault["loc"] if part not in describe(hint).split(" | "))
         message = fault["msg"][0].lower() + fault["msg"][1:]
         raise RecipeError(f"`{name}{where}`: {message}, got {fault['input']!r} ({describe(hint)}).") from error
-    choices = field.metadata.get("choices") or [choice.value for choice in list_choices(hint)]
-    if choices and value is not None and value not in choices:
-        raise RecipeError(f"`{name}`: {value!r} is not one of {', '.join(choices)}.")
+    check_size(name, value)
+    choices = field.metadata.get("choices") or list_choices(name, hint)
+    given = value if isinstance(value, list) else [] if value is None else [value]
+    if choices and (wrong := [choice for choice in given if choice not in choices]):
+        raise RecipeError(f"`{name}`: {wrong[0]!r} is not one of {', '.join(choices)}.")
     return value
 
 
-def list_choices(hint: Any) -> list[Enum]:
-    """Return the members of the enumeration that a hint allows as text: transformers' strategies and schedules."""
+def check_size(name: str, value: Any) -> None:
+    """Refuse a number that is not finite, or that 32 bits would not hold."""
+    if isinstance(value, int | float) and not abs(value) < 2**32:
+        raise RecipeError(f"`{name}`: {value} is not a number below 2^32.")
+
+
+def list_choices(name: str, hint: Any) -> Sequence[str]:
+    """Return what a key of text may be, by the rules or an enumeration of transformers'; nothing where it is free."""
+    if get_origin(hint) is Literal:
+        return ()
     enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
-    return [choice for kind in enums for choice in kind]
+    return CHOICES.get(name) or [choice.value for kind in enums for choice in kind]
 
 
 def takes_text(hint: Any) -> bool:
