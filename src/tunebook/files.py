@@ -1,6 +1,7 @@
 """Files that several rooms read and write: YAML, JSON lines, Markdown tables, whole folders, what tunebook ships."""
 
 import json
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -97,6 +98,28 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     """Append rows as JSON lines."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def check_output(path: Path, name: str, folder: bool = False) -> None:
+    """Refuse a place that cannot be written, before the work whose result goes there.
+
+    Args:
+        name: of the key or option, for the message.
+        folder: `path` is to be a folder, which may exist; else a file.
+
+    Raises:
+        RecipeError: there is something of the other kind, or the folder above it takes no file.
+    """
+    if path.is_dir() and not folder:
+        raise RecipeError(f"{name} {path} is a folder. Set the path of a file.")
+    above = path.absolute() if folder else path.absolute().parent
+    above = next(parent for parent in (above, *above.parents) if os.path.lexists(parent))
+    if not above.is_dir():
+        raise RecipeError(f"{name} {path} cannot be written: {above} is not a folder. Set another path.")
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise RecipeError(f"{name} {path} cannot be written: {error.strerror}. Set another path.") from error
 
 
 @contextmanager

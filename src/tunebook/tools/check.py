@@ -25,9 +25,11 @@ from ..data.tokenizer import CHATML, end_of_turn_ids
 from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded, zero_sharding
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, shipped
+from ..following import validate_callbacks
 from ..recipe import Recipe
 from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
+from ..training.refusals import refuse
 from ..training.run import set_up_logging
 from .lengths import form_batches, lost_systems, measure_rows
 from .memory import estimate
@@ -186,7 +188,10 @@ def check(
     sharding = sharding or launched_sharding(args)
     set_up_logging(args)
     console = Console(quiet=not PartialState().is_main_process)
+    with user_errors():
+        validate_callbacks(args, resumes=True)  # what the Hub has is asked when a run starts
     config = check_model(model_args.model_name_or_path, model_args.model_revision, args.trust_remote_code)
+    refuse(recipe, config, has_accelerator=kind == "cuda")
     try:
         tokenizer, data = load_recipe_data(recipe, sample=None if full else SAMPLE)
     except NothingToTrain as error:

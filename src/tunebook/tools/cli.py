@@ -9,6 +9,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..errors import RecipeError, exit_on_error, user_errors
+from ..files import check_output
 
 if TYPE_CHECKING:  # the recipe room loads torch, which `tunebook --help` need not wait for
     from ..recipe import Recipe
@@ -52,6 +53,7 @@ def merge(
     """Merge the adapter of a causal LM or a reward model into its base model, and verify the outputs."""
     from .merge import merge
 
+    check_output(out, "OUT", folder=True)
     merge(adapter, out, base, dtype)
 
 
@@ -65,6 +67,7 @@ def score(
     """Write the reward of each row, raw and (for a calibrated model) normalized."""
     from .score import score_file
 
+    check_output(out, "--out")
     score_file(model, file, out, batch_size)
 
 
@@ -73,8 +76,10 @@ def push(run: Annotated[Path, typer.Argument(help="Folder of a run (its output_d
     """Push the models that a run could not push."""
     from huggingface_hub import HfApi
 
-    from ..following.hub import Uploads
+    from ..following.hub import PENDING, Uploads
 
+    if not (run / PENDING).is_dir():
+        raise RecipeError(f"{run} has no models that wait for the Hub (no folder {PENDING}).")
     if report := Uploads(HfApi(), run).finish():
         raise RecipeError(report)
 
@@ -87,8 +92,10 @@ def report(
     """Write a page about a run, or about several on the same axes: curves, generations, recipe, data."""
     from ..following.report import REPORT, write_report
 
+    page = out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))
+    check_output(page, "--out")
     with user_errors(OSError):
-        write_report(runs, out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT)))
+        write_report(runs, page)
 
 
 @app.command(context_settings=OVERRIDES)
@@ -102,11 +109,14 @@ def preview(
     """Show rows as the model sees them: what is trained, what is only read, what was cut."""
     from .preview import html_page, preview_rows, print_rows
 
+    if html is not None:
+        check_output(html, "--html")
     shown, report = preview_rows(parse_recipe(recipe, task, context.args), rows)
     if html is None:
         print_rows(shown, report, Console())
         return
     with user_errors(OSError):
+        html.parent.mkdir(parents=True, exist_ok=True)
         html.write_text(html_page(shown, report, str(recipe)), encoding="utf-8")
 
 
@@ -139,11 +149,14 @@ def migrate(
 
     if out is not None and out.exists():
         raise RecipeError(f"--out {out} exists already. Name a new file.")
+    if out is not None:
+        check_output(out, "--out")
     done = migrate(source, task)
     if out is None:
         typer.echo(done, nl=False)
     else:
         with user_errors(OSError):
+            out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(str(done), encoding="utf-8")
     for line in done.remarks():
         typer.echo(line, err=True)
@@ -163,6 +176,7 @@ def benchmark(
     from ..following.benchmarks import BenchmarkJobs, find_benchmark
     from ..following.scores import scores_table
 
+    check_output(out, "--out", folder=True)
     with user_errors():
         paths = [find_benchmark(name) for name in benchmarks]
     options = {"benchmarks": paths, "devices": devices or [], "timeout": timeout}

@@ -46,6 +46,7 @@ def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> in
     renderer = Renderer(RenderSettings("sft", tokenizer, None, choose_columns("sft", rows.column_names, {})))
     rewards = score_ids(model, render_ids(rows, renderer, path), batch_size)
     mean, std = (model.config.to_dict().get(name) for name in ("mean", "std"))
+    out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
         for row, reward in zip(rows, rewards, strict=True):
             normalized = {"normalized_reward": (reward - mean) / std} if std else {}

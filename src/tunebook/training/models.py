@@ -29,8 +29,11 @@ from .activation_checkpointing import accept_selective
 logger = logging.getLogger(__name__)
 
 
-def check_model(name: str, revision: str, trust_remote_code: bool) -> PreTrainedConfig:
+def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "model_name_or_path") -> PreTrainedConfig:
     """Return a model's config; fail before the data is tokenized where there is no such model.
+
+    Args:
+        key: of the recipe, for the message.
 
     Raises:
         RecipeError: when its config.json cannot be found or read.
@@ -38,7 +41,7 @@ def check_model(name: str, revision: str, trust_remote_code: bool) -> PreTrained
     try:
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"`model_name_or_path` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
+        raise RecipeError(f"`{key}` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_model(
@@ -132,6 +135,18 @@ def train_new_tokens(model: PreTrainedModel, peft_config: PeftConfig) -> None:
     peft_config.ensure_weight_tying = True
 
 
+def check_depth(config: PreTrainedConfig, num_unfrozen: int) -> int:
+    """Return the number of a model's layers.
+
+    Raises:
+        RecipeError: when fewer than `num_unfrozen`.
+    """
+    depth = config.get_text_config().num_hidden_layers
+    if num_unfrozen > depth:
+        raise RecipeError(f"`num_layers_unfrozen` {num_unfrozen}: the model has {depth} layers.")
+    return depth
+
+
 def freeze_layers(model: PreTrainedModel, num_unfrozen: int) -> None:
     """Train only the top `num_unfrozen` layers, the norm after them and the head. A head that is tied to the input
     embeddings stays frozen with them.
@@ -139,9 +154,7 @@ def freeze_layers(model: PreTrainedModel, num_unfrozen: int) -> None:
     Raises:
         RecipeError: when the model has fewer layers.
     """
-    depth, backbone = model.config.get_text_config().num_hidden_layers, model.base_model
-    if num_unfrozen > depth:
-        raise RecipeError(f"`num_layers_unfrozen` {num_unfrozen}: the model has {depth} layers.")
+    depth, backbone = check_depth(model.config, num_unfrozen), model.base_model
     layers = next(m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
     model.requires_grad_(False)
     layers[depth - num_unfrozen :].requires_grad_(True)

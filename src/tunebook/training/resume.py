@@ -62,6 +62,20 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         finally:
             self.args.save_total_limit = limit
 
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Evaluate, and check that there is the metric for the best model.
+
+        Raises:
+            RecipeError: there is not; before anything is saved by it.
+        """
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        best = self.args.metric_for_best_model
+        if self.is_in_train and metric_key_prefix == "eval" and best is not None:
+            names = [name.removeprefix("eval_") for name in metrics]
+            if best.removeprefix("eval_") not in names:
+                raise RecipeError(f"`metric_for_best_model` {best}: the evaluation has {', '.join(names)}. Set one.")
+        return metrics
+
     def progress(self) -> dict[str, Any]:
         """Return how far training has come, for a manifest."""
         epoch, step = divmod(self.state.global_step, self.steps_per_epoch)

@@ -32,6 +32,7 @@ from ..recipe.configs import CausalLMConfig, count_groups, has_fast_bf16
 from .holding import SigtermCallback, from_main_process
 from .models import check_model
 from .progress import show_progress
+from .refusals import refuse
 from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
@@ -67,7 +68,8 @@ def prepare(recipe: Recipe) -> Run:
     with user_errors(ConnectionError):
         set_wandb_environment(args)
         validate_callbacks(args, resumes=checkpoint is not None)
-    check_model(recipe.model.model_name_or_path, recipe.model.model_revision, args.trust_remote_code)
+    config = check_model(recipe.model.model_name_or_path, recipe.model.model_revision, args.trust_remote_code)
+    refuse(recipe, config)
     log_resolved(recipe)
     tokenizer, data = load_recipe_data(recipe)
     record = make_record(recipe, data)

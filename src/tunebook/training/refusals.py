@@ -1,0 +1,149 @@
+"""What a recipe, the model's config and this machine refuse together, before rows and weights are read."""
+
+import copy
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+
+import torch
+from peft import PeftConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Trainer,
+)
+from transformers.integrations import get_available_reporting_integrations
+from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
+from trl import get_peft_config
+
+from ..errors import RecipeError, user_errors
+from ..files import check_output
+from ..packing import pack_causal_lm, pack_reward_model
+from ..recipe import Recipe
+from .models import check_depth, check_model
+
+# Arguments of from_pretrained that are neither in its signature nor in a config
+LOADING = {
+    *(
+        "attn_implementation",
+        "experts_implementation",
+        "dtype",
+        "torch_dtype",
+        "device_map",
+        "max_memory",
+        "state_dict",
+    ),
+    *("offload_folder", "offload_buffers", "quantization_config", "subfolder", "variant", "gguf_file", "key_mapping"),
+    *("trust_remote_code", "code_revision", "proxies", "use_kernels", "kernel_config", "allow_all_kernels", "tp_plan"),
+    *("tp_size", "device_mesh", "distributed_config", "generation_config", "low_cpu_mem_usage"),
+    *("adapter_name", "adapter_kwargs", "tqdm_class", "output_loading_info"),
+    *signature(PreTrainedModel.from_pretrained).parameters,
+}
+
+
+def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | None = None) -> None:
+    """Refuse what could not be trained or saved.
+
+    Args:
+        config: of the model.
+        has_accelerator: of the machine that trains. Default: this one.
+
+    Raises:
+        RecipeError: naming the key and what to set.
+    """
+    args = recipe.training
+    check_output(Path(args.output_dir), "`output_dir`", folder=True)
+    check_packages(recipe)
+    if has_accelerator is None:
+        has_accelerator = torch.accelerator.is_available()
+    if args.activation_offloading and not has_accelerator:
+        raise RecipeError("`activation_offloading` moves activations off a GPU, and there is none. Remove the key.")
+    if recipe.task == "dpo" and args.ref_model_name_or_path is not None:
+        reference = args.ref_model_name_or_path, args.ref_model_revision
+        check_model(*reference, args.trust_remote_code, key="ref_model_name_or_path")
+    unknown = {name for name in args.model_init_kwargs or {} if not hasattr(config, name)} - LOADING
+    if unknown:
+        raise RecipeError(f"`model_init_kwargs`: neither the model's config nor its loading has {', '.join(unknown)}.")
+    model = build_skeleton(recipe, config)
+    if recipe.model.num_layers_unfrozen is not None:
+        check_depth(config, recipe.model.num_layers_unfrozen)
+    if recipe.model.use_peft:
+        model = add_adapter(model, get_peft_config(recipe.model), recipe.task)
+    if args.optim != "muon":
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args, model)
+        except (ValueError, ImportError, RuntimeError, TypeError) as error:
+            raise RecipeError(f"`optim` {args.optim.value}: {error}") from error
+    if args.packing:
+        pack = pack_reward_model if recipe.task == "rm" else pack_causal_lm
+        with user_errors():
+            pack(model, packing=True, **({} if recipe.task == "sft" else {"share_prefix": bool(args.share_prefix)}))
+
+
+def check_packages(recipe: Recipe) -> None:
+    """Refuse keys that need a package which is not installed."""
+    args, model_args = recipe.training, recipe.model
+    for key, wanted, package, is_available in (
+        ("use_liger_kernel", args.use_liger_kernel, "liger-kernel", is_liger_kernel_available),
+        ("load_in_4bit", model_args.load_in_4bit, "bitsandbytes", is_bitsandbytes_available),
+        ("load_in_8bit", model_args.load_in_8bit, "bitsandbytes", is_bitsandbytes_available),
+    ):
+        if wanted and not is_available():
+            raise RecipeError(f"`{key}` needs {package}, which is not installed. Run: pip install {package}")
+    missing = {*args.report_to} - {*get_available_reporting_integrations(), "azure_ml", "flyte"}
+    if missing:
+        raise RecipeError(f"`report_to`: {', '.join(sorted(missing))} is not installed. Install it, or remove it.")
+
+
+def build_skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
+    """Return the model that a recipe trains on the meta device, where it has names and shapes and no weights."""
+    architecture, config = AutoModelForCausalLM, copy.deepcopy(config)
+    if recipe.task == "rm":
+        architecture, config.num_labels = AutoModelForSequenceClassification, 1
+    args, attention = recipe.training, recipe.model.attn_implementation
+    try:
+        with torch.device("meta"):
+            return architecture.from_config(
+                config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
+            )
+    except (ValueError, ImportError) as error:
+        key = "`model_name_or_path`" if attention is None else f"`attn_implementation` {attention}"
+        raise RecipeError(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def add_adapter(model: PreTrainedModel, config: PeftConfig, task: str) -> torch.nn.Module:
+    """Return the skeleton with its adapter.
+
+    Raises:
+        RecipeError: for names that the model does not have, and a head that cannot have an adapter.
+    """
+    modules = {name: module for name, module in model.named_modules() if name}
+    parameters = dict(model.named_parameters())
+    targets = [name for name in config.target_modules or () if name != "all-linear"]
+    find_names("lora_target_modules", targets, list(modules))
+    find_names("lora_modules_to_save", config.modules_to_save or (), list(modules))
+    find_names("lora_target_parameters", config.target_parameters or (), list(parameters))
+    heads = [name for name, module in modules.items() if module is model.get_output_embeddings()]
+    if task != "rm" and (found := [target for target in targets if any(is_named(head, target) for head in heads)]):
+        raise RecipeError(
+            f"`lora_target_modules`: {found[0]} cannot have an adapter, since the loss reads its weights. Remove it, "
+            f"or train it as a whole: `lora_modules_to_save: [{found[0]}]`."
+        )
+    try:
+        return get_peft_model(model, copy.deepcopy(config))
+    except ValueError as error:
+        raise RecipeError(f"`lora_target_modules`: {str(error).splitlines()[0]}") from error
+
+
+def find_names(key: str, wanted: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse a name that no part of the model has, with the names of its parts."""
+    missing = [name for name in wanted if not any(is_named(other, name) for other in names)]
+    if missing:
+        last = sorted({name.rpartition(".")[2] for name in names} - {str(number) for number in range(1000)})
+        raise RecipeError(f"`{key}`: the model has no {', '.join(missing)}. It has {', '.join(last)}.")
+
+
+def is_named(path: str, name: str) -> bool:
+    return f".{path}".endswith(f".{name}")
