@@ -82,7 +82,7 @@ def interval_contradictions(v: Values) -> Iterator[str]:
         yield "`load_best_model_at_end`: `save_steps` and `eval_steps` are a share and a number. Set both in one way."
     elif both and round(save * 1e6) % round(evaluate * 1e6):
         yield (
-            "`load_best_model_at_end` needs an evaluation at each checkpoint: save_steps is no multiple of eval_steps. "
+            "`load_best_model_at_end` needs an evaluation at each checkpoint, which save_steps skips. "
             f"Set `save_steps: {evaluate:g}`, or a multiple of it."
         )
 
