@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import xxhash
 from .errors import RecipeError
 
 logger = logging.getLogger(__name__)
+warn_once = cache(logger.warning)
 
 MANIFEST = "manifest.json"
 BEGUN = f"{MANIFEST}.partial"  # in a checkpoint that is being saved, or whose save was interrupted
@@ -48,9 +50,9 @@ def saving(what: str, output_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # tokenizers raises a bare one
-        message = str(error).partition("\n")[0]
-        if isinstance(error, RecipeError) or not FULL.search(message):
+        if not is_full(error):
             raise
+        message = str(error).partition("\n")[0]
         free = shutil.disk_usage(output_dir).free
         raise DiskFullError(
             f"{what} could not be saved, {free / 1e6:.1f} MB are free for {output_dir}: {message}\n"
@@ -63,6 +65,22 @@ def resume_point(output_dir: Path) -> str:
     if whole := list_checkpoints(output_dir):
         return f"{whole[-1].name} is whole. The same command resumes from {whole[-1].name}."
     return "There is no checkpoint. The same command resumes from the start."
+
+
+@contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Warn, once, when a disk fills while something is written that the run can go on without."""
+    try:
+        yield
+    except Exception as error:
+        if not is_full(error):
+            raise
+        warn_once("There is no room for %s. The run goes on without it.", what)
+
+
+def is_full(error: Exception) -> bool:
+    """Return whether an error says that a disk is full."""
+    return not isinstance(error, RecipeError) and FULL.search(str(error)) is not None
 
 
 def begin(folder: Path) -> None:

@@ -1,14 +1,16 @@
 """Files that several rooms read and write: YAML, JSON lines, Markdown tables, whole folders, what tunebook ships."""
 
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
@@ -16,6 +18,10 @@ from ruamel.yaml.representer import SafeRepresenter
 
 from .errors import RecipeError
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+ROW = TypeAdapter(dict[str, Any])
 PACKAGE = Path(__file__).parent
 
 
@@ -85,19 +91,45 @@ def write_yaml(value: Any) -> str:
     return stream.getvalue()
 
 
-def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Read the rows of JSON lines, without a line that a killed run did not finish; none where there is no file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        with suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
+def split_rows(path: Path, kind: TypeAdapter[T]) -> tuple[list[tuple[bytes, T]], dict[int, bytes]]:
+    """Return the lines of a file that are rows, with what they say; and by number, from 1, the lines that are none."""
+    rows, broken = [], {}
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
+        try:
+            rows.append((line, kind.validate_json(line)))
+        except ValidationError:
+            broken[number] = line
+    return rows, broken
 
 
-def append_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Append rows as JSON lines."""
-    with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:
+    """Read the rows of JSON lines, and name the lines that are none; no rows where there is no file."""
+    rows, broken = split_rows(path, kind)
+    if broken:
+        logger.warning("%s: line %s is no row and is ignored.", path, ", ".join(map(str, broken)))
+    return [row for _, row in rows]
+
+
+def append_rows(path: Path, rows: Sequence[dict[str, Any]], *key: str, kind: TypeAdapter = ROW) -> None:
+    """Append rows as JSON lines, and delete the earlier ones that are equal to a new one in all fields of `key`.
+
+    Lines that are no rows, which a full disk may leave, are moved to a file of their own. A process that is killed
+    leaves the file as it was or as it is to be.
+    """
+    found, broken = split_rows(path, kind)
+    if broken:
+        aside = path.with_name(f"{path.name}.unreadable")
+        with aside.open("ab") as file:
+            file.writelines(line + b"\n" for line in broken.values())
+        logger.warning("%s: line %s is no row and was moved to %s.", path, ", ".join(map(str, broken)), aside.name)
+    new = {tuple(row[name] for name in key) for row in rows if key}
+    kept = [line for line, _ in found if not new or tuple(json.loads(line)[name] for name in key) not in new]
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(b"".join(line + b"\n" for line in [*kept, *(json.dumps(row).encode() for row in rows)]))
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def check_output(path: Path, name: str, folder: bool = False) -> None:

@@ -4,6 +4,7 @@ for lm-eval, since what matters here is when a benchmark is started and what bec
 This file is also the script that the distributed test launches: tests/test_callbacks.py MODEL OUT
 """
 
+import errno
 import os
 import sys
 import time
@@ -14,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from conftest import launch, write_rows
+from conftest import launch, train, write_rows
 from hub_server import HubServer, reach_loopback
 from huggingface_hub import HfApi
 from plain_trainer import make_trainer
@@ -23,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 from tunebook.files import read_rows
 from tunebook.following import benchmarks, build_callbacks, finish_callbacks, hub
 from tunebook.following.pairs import PairAccuracyCallback
+from tunebook.following.staging import stage_model
 from tunebook.following.trackers import set_wandb_environment
 from tunebook.recipe.configs import ScriptArguments
 
@@ -173,7 +175,7 @@ def test_refused_push_ends_the_run_at_the_next_save_if_asked(tiny, tmp_path, ser
     wait = lambda state, model: wait_for(lambda: state.global_step == 0 or push.uploads.refused)  # noqa: E731
     trainer.add_callback(push)
     trainer.add_callback(callback_at("on_step_begin", wait))
-    with pytest.raises(RuntimeError, match="v1-step-000000001: .*403"):
+    with pytest.raises(hub.NotPushedError, match="v1-step-000000001: .*403"):
         trainer.train()
     assert trainer.state.global_step == 2
     assert (tmp_path / "out" / "checkpoint-2" / "model.safetensors").exists()
@@ -182,7 +184,7 @@ def test_refused_push_ends_the_run_at_the_next_save_if_asked(tiny, tmp_path, ser
 def test_push_that_fails_to_the_end_makes_the_run_fail_if_asked(tiny, tmp_path, server):
     server.fail("/api/repos/create", 503)
     trainer = save_each_step(tiny, tmp_path / "out", hub_push_failure="raise", **PUSH)
-    with pytest.raises(RuntimeError, match=r"4 revision\(s\) were not pushed"):
+    with pytest.raises(hub.NotPushedError, match=r"4 revision\(s\) were not pushed"):
         run(trainer)
     assert trainer.state.global_step == 3
 
@@ -216,6 +218,50 @@ def test_resumed_run_pushes_and_benchmarks_what_the_killed_one_did_not_and_nothi
     assert server.repos[REPO].branches["v1-step-000000001"] == pushed
     rows = read_rows(tmp_path / "out" / "benchmarks.jsonl")
     assert [row["step"] for row in rows] == [1, 2, 3]
+
+
+def follow(tiny: Path, rows: Path, out: Path, **keys) -> None:
+    """A run of the recipe's script, saved at each of 3 steps, of which it keeps one."""
+    saves = {"save_strategy": "steps", "save_steps": 1, "save_total_limit": 1}
+    train("sft", tiny, rows, out, **saves | keys)
+
+
+def assert_all_was_made_up(server, out: Path) -> None:
+    assert {f"v1-step-{step:09d}" for step in (1, 2, 3)} | {"v1"} <= set(server.repos[REPO].branches)
+    assert all("model.safetensors" in server.repos[REPO].files(f"v1-step-{step:09d}") for step in (1, 2, 3))
+    assert [row["step"] for row in read_rows(out / "benchmarks.jsonl")] == [1, 2, 3]
+    assert not list((out / "hub_pending").iterdir()) and not list((out / "benchmarks").glob("*/*model*"))
+
+
+def test_run_that_was_killed_between_a_save_and_its_copies_owes_nothing_in_the_end(
+    tiny, sft_rows, tmp_path, server, lm_eval
+):
+    lm_eval()
+    out = tmp_path / "out"
+    follow(tiny, sft_rows, out, max_steps=2, save_total_limit=None)  # follows nothing, as if killed before the copies
+    (out / "hub_pending" / ".1-v1-step-000000002-x").mkdir(parents=True)
+    (out / "benchmarks" / "000000002" / ".model-x").mkdir(parents=True)
+    follow(tiny, sft_rows, out, **ARITHMETIC, **PUSH)
+    assert_all_was_made_up(server, out)
+
+
+def test_copies_for_which_there_is_no_room_are_made_up_for_and_their_checkpoints_kept_until_then(
+    tiny, sft_rows, tmp_path, server, lm_eval, monkeypatch, caplog
+):
+    lm_eval()
+    calls = []
+
+    def full(source, target):
+        calls.append(source)
+        if len(calls) <= 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        stage_model(source, target)
+
+    for module in (hub, benchmarks):
+        monkeypatch.setattr(module, "stage_model", full)
+    follow(tiny, sft_rows, tmp_path / "out", **ARITHMETIC, **PUSH)
+    assert_all_was_made_up(server, tmp_path / "out")
+    assert "There is no room for a copy of checkpoint-1" in caplog.text
 
 
 @pytest.mark.parametrize("schedule", ["after", "beside"])

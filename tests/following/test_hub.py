@@ -12,8 +12,10 @@ from hub_server import HubServer, reach_loopback
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 
+from tunebook.errors import RecipeError
 from tunebook.following import hub
-from tunebook.following.hub import Uploads, check_hub_revision, differing_files, push_model, stage_model, step_revision
+from tunebook.following.hub import Uploads, check_hub_revision, differing_files, push_model, step_revision
+from tunebook.following.staging import stage_model
 
 REPO = "org/model"
 JSON_FILES = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -79,7 +81,7 @@ def test_staged_model_survives_its_checkpoint_and_costs_no_space(tmp_path):
 def test_checkpoint_without_weights_is_refused_with_what_to_set(tmp_path):
     checkpoint = write_checkpoint(tmp_path / "checkpoint-1")
     (checkpoint / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="FULL_STATE_DICT"):
+    with pytest.raises(RecipeError, match="FULL_STATE_DICT"):
         stage_model(checkpoint, tmp_path / "model")
 
 
@@ -232,10 +234,54 @@ def test_model_staged_later_for_a_revision_wins_over_an_earlier_one_that_failed(
     assert list((tmp_path / "run" / "hub_pending").iterdir()) == []
 
 
-def test_staging_that_was_cut_off_is_not_pushed(tmp_path, server, api):
-    write_checkpoint(tmp_path / "run" / "hub_pending" / "1-v1" / "model")
+def test_what_a_staging_that_was_cut_off_left_is_deleted(tmp_path, server, api):
+    write_checkpoint(tmp_path / "run" / "hub_pending" / ".1-v1-x" / "1-v1" / "model")
     assert Uploads(api, tmp_path / "run").finish() is None
-    assert server.repos == {}
+    assert server.repos == {} and not list((tmp_path / "run" / "hub_pending").iterdir())
+
+
+BROKEN = {
+    "no push.json": lambda entry: (entry / "push.json").unlink(),
+    "empty": lambda entry: (entry / "push.json").write_bytes(b""),
+    "other keys": lambda entry: (entry / "push.json").write_text('{"what": 1}'),
+    "list": lambda entry: (entry / "push.json").write_text("[]"),
+    "bytes": lambda entry: (entry / "push.json").write_bytes(b"\xff\x00\xfe"),
+    "no weights": lambda entry: (entry / "model" / "model.safetensors").unlink(),
+    "no config": lambda entry: (entry / "model" / "config.json").unlink(),
+    "no model": lambda entry: shutil.rmtree(entry / "model"),
+    "other weights": lambda entry: save_file({"w": torch.ones(64, 64)}, entry / "model" / "model.safetensors"),
+    "a file": lambda entry: (shutil.rmtree(entry), entry.write_text("")),
+}
+
+
+@pytest.mark.parametrize("damage", BROKEN.values(), ids=BROKEN)
+def test_a_staged_model_that_is_broken_is_named_not_pushed_and_does_not_hold_up_the_others(
+    tmp_path, server, api, damage
+):
+    down = Uploads(HfApi(endpoint="http://127.0.0.1:9", token="hf_write"), tmp_path / "run")
+    for name in ("broken", "whole"):
+        down.submit(write_checkpoint(tmp_path / name), REPO, name, "step")
+    down.finish()
+    [entry] = (tmp_path / "run" / "hub_pending").glob("*-broken")
+    damage(entry)
+    report = Uploads(api, tmp_path / "run").finish()
+    assert f"{entry} is not pushed: " in report and "Remove" in report and "whole" not in report
+    assert server.repos[REPO].files("whole") == MODEL
+    assert "broken" not in server.repos[REPO].branches
+
+    again = Uploads(api, tmp_path / "run")
+    again.submit(tmp_path / "broken", REPO, "broken", "step")
+    assert again.finish() is None and server.repos[REPO].files("broken") == MODEL
+
+
+def test_what_was_pushed_is_known_to_the_next_process_until_the_model_is_another(tmp_path, server, uploads, api):
+    uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "v1", "first")
+    uploads.wait()
+    later = Uploads(api, tmp_path / "run")
+    assert later.holds(tmp_path / "a", REPO, "v1")
+    assert not later.holds(tmp_path / "a", REPO, "v2") and not later.holds(tmp_path / "a", "org/other", "v1")
+    assert not later.holds(write_checkpoint(tmp_path / "b", seed=1), REPO, "v1")
+    later.close()
 
 
 def test_xet_is_used_where_the_hub_offers_it(model, monkeypatch):

@@ -17,14 +17,16 @@ from queue import SimpleQueue
 from typing import Any
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerState
 
+from ..checkpoints import step_of
 from ..environment import without_launcher
-from ..files import append_rows, read_yaml, shipped
+from ..files import read_yaml, shipped
 from ..recipe.configs import CausalLMConfig
 from ..recipe.needs import is_benchmark
-from .hub import PushToHubRevisionCallback, stage_model, step_revision
-from .scores import ROWS_FILE, BenchmarkRow, Scores, add_scores_to_card, read_scored_rows
+from .hub import PushToHubRevisionCallback, step_revision
+from .scores import ROWS_FILE, BenchmarkRow, Scores, add_scores_to_card, read_scored_rows, write_scored_rows
+from .staging import StagingCallback, stage_model
 from .trackers import log_at_step
 
 logger = logging.getLogger(__name__)
@@ -134,6 +136,7 @@ class BenchmarkJobs:
             self.free_devices.put(device)
         self.pool = ThreadPool(self.free_devices.qsize())  # daemons: a run that ends early does not wait for them
         self.unfinished: list[tuple[BenchmarkRow, AsyncResult]] = []
+        self.submitted_steps: set[int | None] = set()
 
     @property
     def unfinished_steps(self) -> set[int | None]:
@@ -150,11 +153,15 @@ class BenchmarkJobs:
         """Queue the benchmarks of a model, a folder or a Hub id, but those that have their scores at this step."""
         if revision is None and Path(model).exists():
             model = str(Path(model).resolve())  # a job has a working directory of its own
+        self.submitted_steps.add(step)
+        for benchmark in self.missing(step):
+            row = BenchmarkRow(step, benchmark.stem, model, revision)
+            self.unfinished.append((row, self.pool.apply_async(self._run, (benchmark, row))))
+
+    def missing(self, step: int | None) -> list[Path]:
+        """Return the benchmarks that have no scores at a step."""
         finished = set() if step is None else {row.benchmark for row in self.finished(step)}
-        for benchmark in self.benchmarks:
-            if benchmark.stem not in finished:
-                row = BenchmarkRow(step, benchmark.stem, model, revision)
-                self.unfinished.append((row, self.pool.apply_async(self._run, (benchmark, row))))
+        return [benchmark for benchmark in self.benchmarks if benchmark.stem not in finished]
 
     def poll(self) -> list[BenchmarkRow]:
         """Return the rows of what has ended since the last call, written to the file."""
@@ -166,7 +173,7 @@ class BenchmarkJobs:
                 rows.append(row)
                 if row.status != "completed":
                     logger.warning("Benchmark %s of %s %s:\n%s", row.benchmark, row.model, row.status, row.error)
-        append_rows(self.rows_file, [vars(row) for row in rows])
+        write_scored_rows(self.rows_file, rows)
         return rows
 
     def wait(self) -> list[BenchmarkRow]:
@@ -206,7 +213,7 @@ class BenchmarkJobs:
             row.error = "\n".join([row.error, *log.read_text(errors="replace").splitlines()[-LOG_TAIL:]])
 
 
-class BenchmarkCallback(TrainerCallback):
+class BenchmarkCallback(StagingCallback):
     """Runs benchmarks on each checkpoint; their scores go to the trackers at the checkpoint's step.
 
     `benchmark_schedule` is "after" training, "beside" it, or at each "evaluation", which then waits for the scores, so
@@ -229,7 +236,11 @@ class BenchmarkCallback(TrainerCallback):
         self.jobs = BenchmarkJobs(Path(args.output_dir), benchmarks, *how)
         self.evaluated_step: int | None = None
         # Steps whose jobs wait for the end of training or for their push; first what an earlier process left
-        self.held = self._staged_steps() if trainer.is_world_process_zero() else set()
+        self.held: set[int] = set()
+        if trainer.is_world_process_zero():
+            for leftover in self.jobs.folder.glob("*/.model-*"):  # of a staging that was cut off
+                shutil.rmtree(leftover)
+            self.held = self._staged_steps()
         if self.schedule == "beside":
             self._submit_held(is_last=True)
 
@@ -271,14 +282,20 @@ class BenchmarkCallback(TrainerCallback):
             logger.warning("There is no %s at step %d, so this checkpoint cannot be the best.", best, step)
             metrics[best] = float("nan")
 
-    def on_save(self, args, state, control, **kwargs):
-        if self.schedule == "evaluation" or not state.is_world_process_zero:
-            return
-        step = state.global_step
+    def owes(self, checkpoint: Path) -> bool:
+        step = step_of(checkpoint)
+        is_queued = step in self.held or step in self.jobs.submitted_steps
+        return self.schedule != "evaluation" and not is_queued and bool(self.jobs.missing(step))
+
+    def stage(self, checkpoint: Path) -> None:
+        step = step_of(checkpoint)
         shutil.rmtree(self._staged(step), ignore_errors=True)
-        stage_model(Path(args.output_dir) / f"checkpoint-{step}", self._staged(step))
+        stage_model(checkpoint, self._staged(step))
         self.held.add(step)
-        if self.schedule == "beside":
+
+    def settle(self, output_dir: Path, state: TrainerState) -> None:
+        super().settle(output_dir, state)
+        if self.schedule == "beside" and state.is_world_process_zero:
             self._submit_held()
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -288,6 +305,7 @@ class BenchmarkCallback(TrainerCallback):
     def finish(self, model_folder: Path) -> None:
         """Run what is left, and the benchmarks on the final model if its step was not saved; fill in its card."""
         state, args = self.trainer.state, self.trainer.args
+        self.settle(Path(args.output_dir), state)
         step = state.best_global_step if args.load_best_model_at_end else state.global_step
         if self.push:
             self.push.uploads.wait()
@@ -305,7 +323,7 @@ class BenchmarkCallback(TrainerCallback):
         return self.jobs.step_folder(step) / "model"
 
     def _staged_steps(self) -> set[int]:
-        return {int(folder.parent.name) for folder in self.jobs.folder.glob("*/model")}
+        return {int(folder.parent.name) for folder in self.jobs.folder.glob("[0-9]*/model")}
 
     def _delete_staged(self) -> None:
         for step in self._staged_steps() - {*self.held, *self.jobs.unfinished_steps}:

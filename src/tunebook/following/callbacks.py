@@ -72,17 +72,18 @@ def finish_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback], mod
     anything to wait for, so no collective operation may come after it.
 
     Raises:
-        RuntimeError: something was not pushed, and hub_push_failure is "raise".
+        NotPushedError: something was not pushed, and hub_push_failure is "raise".
     """
     if not trainer.is_world_process_zero():
         return
     pushes = [callback for callback in callbacks if isinstance(callback, PushToHubRevisionCallback)]
     benchmarks = [callback for callback in callbacks if isinstance(callback, BenchmarkCallback)]
     for push in pushes:
+        push.settle(Path(trainer.args.output_dir), trainer.state)
         push.submit_final(model_folder)
     for benchmark in benchmarks:
         benchmark.finish(model_folder)
     for push in pushes:
         if benchmarks:
             push.submit_final(model_folder)
-        push.finish()
+        push.finish(trainer.state)

@@ -20,17 +20,29 @@ import pandas as pd
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from pydantic import BaseModel, TypeAdapter
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from trl.models.utils import unwrap_model_for_generation
 
+from ..checkpoints import optional
 from ..data.rendering import RenderSettings
 from ..files import append_rows
 from ..recipe.configs import CausalLMConfig, ScriptArguments
 from .trackers import log_at_step, log_table
 
+
+class Generation(BaseModel, extra="allow"):
+    """A line of `generations.jsonl`: also the sweep's setting and the metrics' values."""
+
+    step: int
+    prompt: str
+    output: str
+
+
 Prompt = str | list[dict]  # a text, or a conversation's messages
 Metric = Callable[[list[str], list[str], list[str]], dict[str, list[float]]]
 TABLE = "generations"
+GENERATION = TypeAdapter(Generation)
 
 
 def load_prompts(eval_prompts: Sequence[str], columns: Mapping[str, Sequence[Prompt]]) -> list[Prompt]:
@@ -217,7 +229,8 @@ class GenerationCallback(TrainerCallback):
                 rows += pd.DataFrame(columns).to_dict("records")
         metrics |= means
         if state.is_world_process_zero:
-            append_rows(Path(args.output_dir) / f"{TABLE}.jsonl", rows)
+            with optional(f"{TABLE}.jsonl"):
+                append_rows(Path(args.output_dir) / f"{TABLE}.jsonl", rows, "step", kind=GENERATION)
             log_table(self.trainer, TABLE, rows)
             if means:
                 log_at_step(self.trainer, means, state.global_step)

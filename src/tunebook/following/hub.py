@@ -1,12 +1,12 @@
 """Model folders on the Hub: staged on disk, pushed in a thread, verified.
 
 The staged folders are the queue. A push that failed, or that its process did not live to make, stays in `hub_pending/`
-of the run's folder until it succeeds, in the next run there or by `tunebook push RUN_DIR`.
+of the run's folder until it succeeds, in the next run there or by `tunebook push RUN_DIR`. `hub_pushed.jsonl` lists
+what the Hub holds.
 """
 
 import json
 import logging
-import os
 import shutil
 import threading
 import time
@@ -18,23 +18,21 @@ from accelerate import PartialState
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, get_session
-from transformers import TrainerCallback
+from pydantic import TypeAdapter, ValidationError
+from transformers import TrainerState
 
-from ..files import whole_folder
+from ..checkpoints import DamagedError, checksum, optional, step_of
+from ..errors import RecipeError
+from ..files import append_rows, read_rows, whole_folder
 from ..recipe.configs import RunConfig
+from .staging import MODEL_FILES, StagingCallback, model_checksums, stage_model
 
 logger = logging.getLogger(__name__)
 
-# The files that may be pushed. A list of those that may not could not be complete: checkpoints also hold optimizer
-# states, training_args.bin (with hub_token), the recipe, and whatever a callback writes.
-MODEL_FILES = [
-    *("config.json", "generation_config.json", "processor_config.json", "preprocessor_config.json"),
-    *("*.safetensors", "*.safetensors.index.json", "adapter_config.json", "README.md"),
-    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken"),
-    *("*.jinja", "additional_chat_templates/*.jinja", "configuration_*.py", "modeling_*.py", "tokenization_*.py"),
-]
 PENDING = "hub_pending"
+PUSHED = "hub_pushed.jsonl"
 MAX_DELAY = 60  # seconds between two attempts
+REMINDER = 60  # seconds between two lines about what a run waits for
 SILENCE = 300  # seconds without a byte, after which a request has failed
 
 
@@ -61,30 +59,32 @@ def check_hub_revision(api: HfApi, args: RunConfig) -> None:
     """
     repo_id, revision = args.hub_model_id, args.hub_revision
     try:
-        if api.whoami()["auth"].get("accessToken", {}).get("role") == "read":
-            raise ValueError(f"The Hub token may only read, so nothing can be pushed to {repo_id}. Use a write token.")
+        if api.whoami().get("auth", {}).get("accessToken", {}).get("role") == "read":
+            raise RecipeError(f"The Hub token may only read, so nothing can be pushed to {repo_id}. Use a write token.")
         if args.hub_private_repo and not api.repo_info(repo_id).private:
-            raise ValueError(
+            raise RecipeError(
                 f"{repo_id} is public, but `hub_private_repo` is true. Make it private, or change `hub_model_id`."
             )
         branches = [] if args.overwrite_hub_revision else api.list_repo_refs(repo_id).branches
         for name in sorted(branch.name for branch in branches):
             is_ours = name in final_revisions(args) or name.startswith(f"{revision}-step-")
             if is_ours and {"config.json", "adapter_config.json"} & set(api.list_repo_files(repo_id, revision=name)):
-                raise ValueError(
+                raise RecipeError(
                     f"Revision {name} of {repo_id} already holds a model. Choose another `hub_revision`, or set "
                     "`overwrite_hub_revision: true`."
                 )
+    except RecipeError:
+        raise
     except RepositoryNotFoundError:
         return
     except LocalTokenNotFoundError as error:
         raise ValueError("There is no Hub token to push with. Run `hf auth login`, or set HF_TOKEN.") from error
-    except (httpx2.HTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError, LookupError, TypeError, AttributeError, ValueError) as error:  # odd answers, too
         if is_refusal(error):
             raise ValueError(f"The Hub refused a request about {repo_id}: {error}") from error
         if args.hub_push_failure == "raise":
-            raise ConnectionError(f"The Hub cannot be reached: {error}") from error
-        text = "The Hub cannot be reached (%s), so whether %s of %s is free is unknown. Checkpoints will wait on disk."
+            raise ConnectionError(f"The Hub cannot be reached: {error!r}") from error
+        text = "The Hub cannot be reached (%r), so whether %s of %s is free is unknown. Checkpoints will wait on disk."
         logger.warning(text, error, revision, repo_id)
 
 
@@ -94,31 +94,6 @@ def is_refusal(error: Exception) -> bool:
         status = error.response.status_code
         return 400 <= status < 500 and status not in (408, 409, 412, 429)
     return isinstance(error, LocalTokenNotFoundError)
-
-
-def stage_model(source: Path, target: Path) -> None:
-    """Put the model files of a checkpoint into a new folder that no rotation of checkpoints can touch.
-
-    Weights are hard links, which cost no space and survive the deletion of the checkpoint, or copies where the file
-    system has no links. `target` appears complete or not at all.
-
-    Raises:
-        FileNotFoundError: there are no weights in `source`.
-    """
-    if not any(source.glob("*.safetensors")):
-        raise FileNotFoundError(
-            f"{source} holds no *.safetensors. To push or benchmark checkpoints, set `fsdp_state_dict_type: "
-            "FULL_STATE_DICT` under FSDP, and `zero3_save_16bit_model: true` under ZeRO-3."
-        )
-    with whole_folder(target) as folder:
-        for path in {path for pattern in MODEL_FILES for path in source.glob(pattern)}:
-            copy = folder / path.relative_to(source)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                # A link shares its bytes with the checkpoint, in which the other files may be edited in place
-                (os.link if path.suffix == ".safetensors" else shutil.copyfile)(path, copy)
-            except OSError:
-                shutil.copyfile(path, copy)
 
 
 def push_model(api: HfApi, folder: Path, repo_id: str, revision: str, message: str, private: bool | None) -> str:
@@ -152,20 +127,47 @@ def differing_files(api: HfApi, folder: Path, repo_id: str, revision: str) -> li
 
 @dataclass(frozen=True)
 class Push:
-    """The arguments of [`push_model`] for a staged model, kept next to it in `push.json`."""
+    """A staged model and where it goes, kept next to it in `push.json`."""
 
     repo_id: str
     revision: str
     message: str
     private: bool | None
+    files: dict[str, str]  # name -> checksum
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What the Hub is to hold, and where."""
+        return self.repo_id, self.revision, json.dumps(self.files, sort_keys=True)
+
+    def check(self, folder: Path) -> None:
+        """Raise a DamagedError where a staged folder does not hold the model that was staged."""
+        for name, expected in self.files.items():
+            if not (folder / name).is_file():
+                raise DamagedError(f"{folder / name} is missing.")
+            if checksum(folder / name) != expected:
+                raise DamagedError(f"{folder / name} has changed since it was staged.")
 
 
-def read_staged(pending: Path) -> list[tuple[Path, Push]]:
-    """Return the staged models and their pushes, oldest first: names begin with the time of staging.
+PUSH = TypeAdapter(Push)
 
-    A folder without push.json is a staging that was cut off.
-    """
-    return [(path.parent, Push(**json.loads(path.read_text()))) for path in sorted(pending.glob("*/push.json"))]
+
+def slug(revision: str) -> str:
+    """Return a revision as it stands, behind the time of staging, in the name of a staged folder."""
+    return revision.replace("/", "-")
+
+
+def read_staged(pending: Path) -> tuple[list[tuple[Path, Push]], dict[str, str]]:
+    """Return the staged models and their pushes, oldest first; and by name the folders that cannot be read, and why."""
+    staged, broken = [], {}
+    for folder in sorted(pending.glob("[!.]*")):
+        try:
+            staged.append((folder, PUSH.validate_json((folder / "push.json").read_bytes())))
+        except OSError:
+            broken[folder.name] = "push.json is missing"
+        except ValidationError:
+            broken[folder.name] = "push.json cannot be read"
+    return staged, broken
 
 
 class Uploads:
@@ -179,6 +181,7 @@ class Uploads:
         pushed: commit by revision, for what this process pushed and verified.
         failed: last error by revision, for what was tried and is not on the Hub.
         refused: the revisions in `failed` that this process will not try again.
+        broken: why by name, for staged folders that hold no model.
     """
 
     def __init__(self, api: HfApi, output_dir: Path):
@@ -186,7 +189,12 @@ class Uploads:
         self.pushed: dict[str, str] = {}
         self.failed: dict[str, Exception] = {}
         self.refused: set[str] = set()
-        self._queue = {push.revision: (folder, push) for folder, push in read_staged(self.folder)}
+        self._pushed_file = Path(output_dir) / PUSHED
+        self._known = {push.key for push in read_rows(self._pushed_file, PUSH)}
+        for leftover in self.folder.glob(".*"):  # of a staging that was cut off
+            shutil.rmtree(leftover)
+        staged, self.broken = read_staged(self.folder)
+        self._queue = {push.revision: (folder, push) for folder, push in staged}
         self._changed = threading.Condition()
         self._failures = 0  # in a row
         self._closed = False
@@ -195,13 +203,20 @@ class Uploads:
         get_session().timeout = SILENCE
         threading.Thread(target=self._work, name="hub-push", daemon=True).start()
 
+    def holds(self, source: Path, repo_id: str, revision: str) -> bool:
+        """Return whether a model is queued for a revision, or was pushed there."""
+        key = Push(repo_id, revision, "", None, model_checksums(source)).key
+        with self._changed:
+            return key in self._known or any(push.key == key for _, push in self._queue.values())
+
     def submit(self, source: Path, repo_id: str, revision: str, message: str, private: bool | None = None) -> None:
         """Stage a model and queue its push; return as soon as it is staged."""
-        folder = self.folder / f"{time.time_ns()}-{revision.replace('/', '-')}"
-        push = Push(repo_id, revision, message, private)
-        stage_model(source, folder / "model")
+        folder = self.folder / f"{time.time_ns()}-{slug(revision)}"
+        push = Push(repo_id, revision, message, private, model_checksums(source))
+        with whole_folder(folder) as entry:
+            stage_model(source, entry / "model")
+            (entry / "push.json").write_text(json.dumps(asdict(push)), encoding="utf-8")
         with self._changed:
-            (folder / "push.json").write_text(json.dumps(asdict(push)))
             self.pushed.pop(revision, None)
             self.refused.discard(revision)
             self._queue[revision] = folder, push
@@ -212,7 +227,8 @@ class Uploads:
         with self._changed:
             self._failures = 0
             self._changed.notify_all()
-            self._changed.wait_for(lambda: not self._unrefused() or self._failures >= attempts)
+            while not self._changed.wait_for(lambda: not self._unrefused() or self._failures >= attempts, REMINDER):
+                logger.info("Waiting for the Hub: %s.", ", ".join(self._unrefused()))
 
     def close(self) -> None:
         """End the thread after its current push; what is not pushed stays staged."""
@@ -224,13 +240,17 @@ class Uploads:
         """Return what is not on the Hub, why, and how to push it; None when everything is."""
         with self._changed:
             revisions = sorted(self._queue)
+            broken = [f"{self.folder / name} is not pushed: {why}." for name, why in sorted(self.broken.items())]
+        if broken:
+            broken.append("Remove them when you have saved what is of use in them.")
         if not revisions:
-            return None
+            return "\n".join(broken) or None
         reasons = "".join(f"\n  {revision}: {self.failed.get(revision, 'not tried yet')}" for revision in revisions)
         size = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         return (
             f"{len(revisions)} revision(s) were not pushed to the Hub:{reasons}\nTheir models ({size / 1e9:.3f} GB) "
             f"are kept in {self.folder}. Push them with: tunebook push {self.folder.parent}"
+            + "".join(f"\n{line}" for line in broken)
         )
 
     def finish(self) -> str | None:
@@ -250,7 +270,8 @@ class Uploads:
                     return
                 folder, push = self._queue[self._unrefused()[0]]
             try:
-                result = push_model(self.api, folder / "model", **asdict(push))
+                push.check(folder / "model")
+                result = push_model(self.api, folder / "model", push.repo_id, push.revision, push.message, push.private)
             except Exception as error:  # a thread has no caller to raise to: `report` and the callback show it
                 result = error
             with self._changed:
@@ -268,9 +289,16 @@ class Uploads:
             self.failed.pop(revision, None)
             self.pushed[revision] = result
             logger.info("Pushed %s to %s (%s).", revision, push.repo_id, result)
-            for staged, other in read_staged(self.folder):
-                if other.revision == revision and staged <= folder:  # the older ones must not be pushed later
+            with optional(PUSHED):
+                append_rows(self._pushed_file, [asdict(push)], "repo_id", "revision", kind=PUSH)
+            self._known.add(push.key)
+            for staged in self.folder.glob(f"*-{slug(revision)}"):
+                if staged <= folder:  # the older ones must not be pushed later
                     shutil.rmtree(staged, ignore_errors=True)
+                    self.broken.pop(staged.name, None)
+        elif isinstance(result, DamagedError):
+            logger.warning("%s was not pushed to %s: %s", revision, push.repo_id, result)
+            self.broken[folder.name] = str(result).rstrip(".")
         else:
             if str(result) != str(self.failed.get(revision)):
                 logger.warning("%s was not pushed to %s: %s", revision, push.repo_id, result)
@@ -279,11 +307,17 @@ class Uploads:
                 self.refused.add(revision)
             else:
                 self._failures += 1
-        if not (is_pushed and is_newest):
+        if not is_newest or not (is_pushed or isinstance(result, DamagedError)):
             self._queue[revision] = newest  # after the others
 
 
-class PushToHubRevisionCallback(TrainerCallback):
+class NotPushedError(RecipeError):
+    """Something is not on the Hub, and `hub_push_failure` is "raise"."""
+
+    exit_code = 1
+
+
+class PushToHubRevisionCallback(StagingCallback):
     """Pushes each checkpoint to `<hub_revision>-step-<step>`, the final model to `hub_revision` and, if asked, to main.
 
     With `hub_push_failure: raise` a push that the Hub refuses ends the run at the next save, once that checkpoint is
@@ -299,30 +333,39 @@ class PushToHubRevisionCallback(TrainerCallback):
         if not args.push_to_hub_revision or resumes or not PartialState().is_main_process:
             return
         pending = Path(args.output_dir) / PENDING
-        if any(pending.glob("*")):
+        if any(pending.glob("[!.]*")):
             raise ValueError(
                 f"{args.output_dir} holds models of an earlier run that are not on the Hub. Push them (tunebook push "
                 f"{args.output_dir}), remove {pending}, or choose another `output_dir`."
             )
         check_hub_revision(HfApi(), args)
 
+    def owes(self, checkpoint: Path) -> bool:
+        revision = step_revision(self.args.hub_revision, step_of(checkpoint))
+        return not self.uploads.holds(checkpoint, self.args.hub_model_id, revision)
+
+    def stage(self, checkpoint: Path) -> None:
+        step = step_of(checkpoint)
+        self._submit(checkpoint, step_revision(self.args.hub_revision, step), f"Checkpoint at step {step}")
+
     def on_save(self, args, state, control, **kwargs):
-        step = state.global_step
-        checkpoint = Path(args.output_dir) / f"checkpoint-{step}"
-        self._submit(checkpoint, step_revision(args.hub_revision, step), f"Checkpoint at step {step}")
+        super().on_save(args, state, control)
         if args.hub_push_failure == "raise" and self.uploads.refused:
-            raise RuntimeError(self.uploads.report())
+            raise NotPushedError(self.uploads.report())
 
     def submit_final(self, model_folder: Path) -> None:
         """Queue the final model for its revisions."""
         for revision in final_revisions(self.args):
-            self._submit(model_folder, revision, "Final model")
+            with optional(f"a copy of the model for {revision} of the Hub"):
+                self._submit(model_folder, revision, "Final model")
 
-    def finish(self) -> None:
-        """Wait for the Hub, and log what it does not have; with `hub_push_failure: raise` raise a RuntimeError."""
+    def finish(self, state: TrainerState) -> None:
+        """Wait for the Hub, and log what it does not have; with `hub_push_failure: raise` raise a NotPushedError."""
+        self.uploads.wait()
+        self.settle(Path(self.args.output_dir), state)  # what proved to be broken
         if report := self.uploads.finish():
             if self.args.hub_push_failure == "raise":
-                raise RuntimeError(report)
+                raise NotPushedError(report)
             logger.warning(report)
 
     def _submit(self, folder: Path, revision: str, message: str) -> None:

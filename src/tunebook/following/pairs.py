@@ -15,10 +15,9 @@ from ..data.rendering import Renderer
 from ..data.sources import load_source
 from ..data.tokens import tokenize
 from ..errors import RecipeError
-from ..files import append_rows
 from ..recipe.configs import RewardConfig, ScriptArguments
 from .generations import map_over_ranks, render_settings
-from .scores import ROWS_FILE, BenchmarkRow
+from .scores import ROWS_FILE, BenchmarkRow, write_scored_rows
 from .trackers import log_at_step
 
 Score = Callable[[list[tuple]], list[float]]  # the rewards of (prompt, completion)
@@ -80,7 +79,7 @@ class PairAccuracyCallback(TrainerCallback):
             row.seconds = round(time.monotonic() - start, 1)
             metrics |= row.tracker_scores()
             if state.is_world_process_zero:
-                append_rows(Path(args.output_dir) / ROWS_FILE, [vars(row)])
+                write_scored_rows(Path(args.output_dir) / ROWS_FILE, [row])
                 log_at_step(self.trainer, row.tracker_scores(), self.step)
 
 

@@ -5,7 +5,6 @@ report RUN [RUN ...]`. The page is one file that needs no network and no JavaScr
 """
 
 import base64
-import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -24,8 +23,8 @@ from matplotlib.ticker import MaxNLocator
 
 from ..checkpoints import list_checkpoints
 from ..errors import RecipeError
-from ..files import read_rows, read_yaml, write_yaml
-from .generations import TABLE
+from ..files import ROW, read_rows, read_yaml, write_yaml
+from .generations import GENERATION, TABLE
 from .scores import REWARDS_FILE, ROWS_FILE, BenchmarkRow, flatten, read_scored_rows
 from .trackers import COUNTERS
 
@@ -81,14 +80,15 @@ def read_run(folder: Path, name: str) -> RunFolder:
     nothing = {"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []}
     states = [read_json(path / STATE_FILE) for path in (folder, *list_checkpoints(folder)[-1:])]
     state = max(filter(None, [*states, nothing]), key=lambda state: state["global_step"])
-    benchmarks, generations = read_scored_rows(folder / ROWS_FILE), read_rows(folder / f"{TABLE}.jsonl")
+    benchmarks = read_scored_rows(folder / ROWS_FILE)
+    generations = [row.model_dump() for row in read_rows(folder / f"{TABLE}.jsonl", GENERATION)]
     return RunFolder(name, record, state, benchmarks, generations, read_rewards(folder / REWARDS_FILE))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """Read a JSON file; None where there is none, or a run was killed while writing it."""
-    with suppress(FileNotFoundError, json.JSONDecodeError):
-        return json.loads(path.read_text(encoding="utf-8"))
+    """Read a JSON file; None where there is none, or it is damaged."""
+    with suppress(FileNotFoundError, ValueError):
+        return ROW.validate_json(path.read_bytes())
 
 
 def read_rewards(path: Path) -> pd.DataFrame:

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard
+from pydantic import TypeAdapter
 from rich.table import Table
 
-from ..files import markdown_table, read_rows
+from ..checkpoints import optional
+from ..files import append_rows, markdown_table, read_rows
 
 ROWS_FILE = "benchmarks.jsonl"
 REWARDS_FILE = "eval_rewards.csv"  # chosen and rejected reward of each pair in a reward model's last evaluation
@@ -35,9 +37,18 @@ class BenchmarkRow:
         return {f"eval_bench_{task}_{metric}": value for (task, metric), value in flatten([self.scores]).items()}
 
 
+SCORED_ROW = TypeAdapter(BenchmarkRow)
+
+
 def read_scored_rows(path: Path) -> list[BenchmarkRow]:
     """Read a `benchmarks.jsonl`; no rows where there is no file."""
-    return [BenchmarkRow(**row) for row in read_rows(path)]
+    return read_rows(path, SCORED_ROW)
+
+
+def write_scored_rows(path: Path, rows: Sequence[BenchmarkRow]) -> None:
+    """Write rows to a `benchmarks.jsonl`, in the place of earlier ones of the same step and benchmark."""
+    with optional(path.name):
+        append_rows(path, [vars(row) for row in rows], "step", "benchmark", kind=SCORED_ROW)
 
 
 def flatten(several: Iterable[Scores]) -> dict[tuple[str, str], float]:

@@ -77,10 +77,13 @@ def push(run: Annotated[Path, typer.Argument(help="Folder of a run (its output_d
     from huggingface_hub import HfApi
 
     from ..following.hub import PENDING, Uploads
+    from ..training import held
 
     if not (run / PENDING).is_dir():
         raise RecipeError(f"{run} has no models that wait for the Hub (no folder {PENDING}).")
-    if report := Uploads(HfApi(), run).finish():
+    with held(run):
+        report = Uploads(HfApi(), run).finish()
+    if report:
         raise RecipeError(report)
 
 

@@ -15,6 +15,7 @@ from transformers import TrainerCallback
 
 from ..checkpoints import resume_point, saving
 from ..errors import Interrupted, RecipeError, interrupt, user_errors
+from ..files import check_output
 from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,7 @@ def held(output_dir: Path) -> Iterator[None]:
         RecipeError: another process holds it, or takes it because this one was silent for too long.
         Interrupted: a signal came; says what is whole.
     """
+    check_output(output_dir, "`output_dir`", folder=True)
     with user_errors(OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
         options = {"lease_duration": SILENCE, "heartbeat_interval": REFRESH, "thread_local": False}

@@ -9,6 +9,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .. import checkpoints
 from ..errors import RecipeError
 from ..files import write_yaml
+from ..following.staging import StagingCallback
 from ..packing.context_parallel import ContextParallelMixin
 from .optimizers import MuonMixin
 
@@ -56,8 +57,9 @@ class RunMixin(MuonMixin, ContextParallelMixin):
                 if self.args.should_save:
                     record = {**self.record, **self.progress(), "train_loss": self.mean_loss(unlogged)}
                     checkpoints.write_manifest(output_dir / name, record)
-                    best = self.state.best_model_checkpoint
-                    checkpoints.rotate(output_dir, limit, self.args.save_total_gb, best)
+                    best, staging = self.state.best_model_checkpoint, self.callback_handler.callbacks
+                    owing = {path for each in staging if isinstance(each, StagingCallback) for path in each.owing}
+                    checkpoints.rotate(output_dir, limit, self.args.save_total_gb, best, owing)
                 self.accelerator.wait_for_everyone()
         finally:
             self.args.save_total_limit = limit

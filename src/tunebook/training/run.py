@@ -24,6 +24,7 @@ from ..errors import user_errors
 from ..files import write_yaml
 from ..following import build_callbacks, finish_callbacks, report_run, validate_callbacks
 from ..following.generations import TABLE, Prompt, load_prompts
+from ..following.hub import PUSHED
 from ..following.report import RECORD_FILE
 from ..following.scores import ROWS_FILE
 from ..following.trackers import set_wandb_environment
@@ -107,7 +108,7 @@ def write_record(recipe: Recipe, record: dict[str, Any], data: Data) -> None:
     output_dir = Path(recipe.training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if recipe.training.resume_from_checkpoint == "never":
-        checkpoints.set_aside(output_dir, (ROWS_FILE, "benchmarks", f"{TABLE}.jsonl", "trainer_state.json"))
+        checkpoints.set_aside(output_dir, (ROWS_FILE, "benchmarks", f"{TABLE}.jsonl", PUSHED, "trainer_state.json"))
     with checkpoints.saving("recipe.yaml", output_dir):
         (output_dir / "recipe.yaml").write_text(write_yaml(recipe.given), encoding="utf-8")
         (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
