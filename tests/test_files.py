@@ -23,7 +23,7 @@ def test_a_line_that_is_no_row_is_named_kept_aside_and_ends_nothing(line, place,
     lines = [json.dumps(row).encode() for row in rows]
     path.write_bytes(b"\n".join([*lines[:place], line, *lines[place:]]))
     assert [row.model_dump() for row in read_rows(path, GENERATION)] == rows
-    assert f"line {place + 1} is no row" in caplog.text
+    assert f"line {place + 1} is not a row" in caplog.text
     append_rows(path, [generation(2, "a")], "step", kind=GENERATION)
     assert read_rows(path) == [*rows, generation(2, "a")]
     assert (tmp_path / "generations.jsonl.unreadable").read_bytes() == line + b"\n"

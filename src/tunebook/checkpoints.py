@@ -69,13 +69,13 @@ def resume_point(output_dir: Path) -> str:
 
 @contextmanager
 def optional(what: str) -> Iterator[None]:
-    """Warn, once, when a disk fills while something is written that the run can go on without."""
+    """Warn, once, when a disk fills while something is written that the run does not need."""
     try:
         yield
     except Exception as error:
         if not is_full(error):
             raise
-        warn_once("There is no room for %s. The run goes on without it.", what)
+        warn_once("There is no room for %s. The run continues without it.", what)
 
 
 def is_full(error: Exception) -> bool:

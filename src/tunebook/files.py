@@ -106,7 +106,7 @@ def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:
     """Read the rows of JSON lines, and name the lines that are none; no rows where there is no file."""
     rows, broken = split_rows(path, kind)
     if broken:
-        logger.warning("%s: line %s is no row and is ignored.", path, ", ".join(map(str, broken)))
+        logger.warning("%s: line %s is not a row and is ignored.", path, ", ".join(map(str, broken)))
     return [row for _, row in rows]
 
 
@@ -121,7 +121,7 @@ def append_rows(path: Path, rows: Sequence[dict[str, Any]], *key: str, kind: Typ
         aside = path.with_name(f"{path.name}.unreadable")
         with aside.open("ab") as file:
             file.writelines(line + b"\n" for line in broken.values())
-        logger.warning("%s: line %s is no row and was moved to %s.", path, ", ".join(map(str, broken)), aside.name)
+        logger.warning("%s: line %s is not a row and was moved to %s.", path, ", ".join(map(str, broken)), aside.name)
     new = {tuple(row[name] for name in key) for row in rows if key}
     kept = [line for line, _ in found if not new or tuple(json.loads(line)[name] for name in key) not in new]
     partial = path.with_name(f".{path.name}.partial")

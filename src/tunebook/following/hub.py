@@ -137,7 +137,7 @@ class Push:
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """What the Hub is to hold, and where."""
+        """Return what the Hub is to hold, and where."""
         return self.repo_id, self.revision, json.dumps(self.files, sort_keys=True)
 
     def check(self, folder: Path) -> None:
