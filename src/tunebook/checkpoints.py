@@ -29,7 +29,8 @@ warn_once = cache(logger.warning)
 
 MANIFEST = "manifest.json"
 BEGUN = f"{MANIFEST}.partial"  # in a checkpoint that is being saved, or whose save was interrupted
-FIXED = ("model", "data", "seed", "max_tokens_per_batch")  # a run with a different one is a different run
+FIXED = ("data", "seed", "order", "reference")  # a run with a different one is a different run
+SET_BACK = "Set that back, or another `output_dir`, or `resume_from_checkpoint: never`"
 # How Python, safetensors and torch.save, which loses the error's number, report a full disk or quota
 FULL = re.compile(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b|inline_container\.cc")
 
@@ -231,34 +232,68 @@ def set_aside(output_dir: Path, names: Sequence[str]) -> None:
         logger.warning("Moved what an earlier run left in %s to %s.", output_dir, folder.name)
 
 
-def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool, deepspeed: bool = False) -> None:
-    """Log what changed since the checkpoint was made; refuse to resume if the model, the data or the seed differs.
+def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> bool:
+    """Refuse to resume another run; log what else changed since the checkpoint was made.
+
+    Args:
+        record: what the run is made of, or a part of it.
+
+    Returns:
+        Whether the run may load the optimizer's state. It may not, and starts with a new one, where `force` is set and
+        there is none for this optimizer and launch.
 
     Raises:
-        RecipeError: for such a difference, or a missing optimizer state, without which transformers 5.24 would resume
-            silently; never when `force` is set.
+        RecipeError: for other trained parameters; unless `force` is set also for another model, data set, seed, order
+            of the rows, optimizer or sharding engine, and where there is no optimizer state.
     """
     before = read_manifest(checkpoint)
-    assert before is not None
-    state = "global_step" if deepspeed else "optimizer"
-    if not force and not any(name.startswith(state) for name in before["files"]):
-        raise RecipeError(
-            f"{checkpoint} has no optimizer state for this launch: it was saved with save_only_model, or "
-            f"{'without' if deepspeed else 'under'} DeepSpeed. Set `resume_from_checkpoint: never`, or `force_resume: "
-            "true` to resume with a new optimizer."
-        )
-    changed = [f"{name}: {before[name]} -> {record[name]}" for name in FIXED if before[name] != record[name]]
+    if trained := differences(before, record, ("trained",)):
+        raise RecipeError(f"{checkpoint} trained other parameters: {'; '.join(trained)}. {SET_BACK}.")
+    changed = differences(before, record, FIXED)
+    if before.get("weights") != record.get("weights", before.get("weights")):
+        changed.append(f"model: the weights of {record['model']} are not those of {before['model']} then")
     if changed and not force:
         raise RecipeError(
-            f"{checkpoint} was made from something else ({'; '.join(changed)}). Set another `output_dir`, "
-            "`resume_from_checkpoint: never`, or `force_resume: true` to resume all the same."
+            f"{checkpoint} was made from something else ({'; '.join(changed)}). {SET_BACK}, or `force_resume: true` to "
+            "resume all the same."
         )
-    old, new = before["recipe"], record["recipe"]
+    state = "global_step" if record.get("engine") == "deepspeed" else "optimizer"
+    unfit = differences(before, record, ("optim", "engine"))
+    if "engine" in record and not any(name.startswith(state) for name in before["files"]):
+        unfit.append("it has none, as it was saved with save_only_model or under another launch")
+    if unfit and not force:
+        raise RecipeError(
+            f"{checkpoint} has no optimizer state for this launch ({'; '.join(unfit)}). {SET_BACK}, or `force_resume: "
+            "true` to resume with a new optimizer state."
+        )
+    if differences(before, record, ("engine",)) and (record["engine"] != "none" or not holds_weights(before)):
+        raise RecipeError(
+            f"{checkpoint} cannot be loaded under another engine ({'; '.join(unfit)}), with `force_resume` either. "
+            "Launch as before, or start anew from its weights: `model_name_or_path`."
+        )
+    old, new = before["recipe"], record.get("recipe", before["recipe"])
     for name in sorted(old.keys() | new.keys()):
         if old.get(name) != new.get(name):
             logger.warning(
                 "The recipe has changed since %s: %s: %s -> %s", checkpoint.name, name, old.get(name), new.get(name)
             )
+    return not unfit
+
+
+def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+    """Return how values of two records differ, in words: also those of a group of keys, each by its own name."""
+    lines = []
+    for name in names:
+        old, new = before.get(name), now.get(name, before.get(name))
+        if isinstance(old, dict) and isinstance(new, dict):
+            lines += differences({**dict.fromkeys(new), **old}, {**dict.fromkeys(old), **new}, sorted({*old, *new}))
+        elif old != new:
+            lines.append(f"{name}: {old} -> {new}")
+    return lines
+
+
+def holds_weights(manifest: Mapping[str, Any]) -> bool:
+    return any(name.endswith(".safetensors") for name in manifest["files"])
 
 
 def rotate(

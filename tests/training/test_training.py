@@ -172,8 +172,8 @@ def test_another_split_of_the_batch_resumes_at_the_same_sample(tiny, sft_rows, t
 
 def test_what_must_not_change_is_refused_unless_forced(copied, tiny, tmp_path):
     other = write_rows(tmp_path / "other.jsonl", [{"prompt": "a ", "completion": f"b {i}"} for i in range(48)])
-    with pytest.raises(RecipeError, match="made from something else.*data: .*seed: 42 -> 7"):
-        train_saved(tiny, other, copied, seed=7)
+    with pytest.raises(RecipeError, match="made from something else.*data: "):
+        train_saved(tiny, other, copied)
     assert train_saved(tiny, other, copied, seed=7, force_resume=True).state.global_step == 6
 
 

@@ -1,9 +1,14 @@
 """Checkpoints that are whole or absent, and runs that resume at the sample where their checkpoint stopped."""
 
-from collections.abc import Mapping
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+import xxhash
+from torch.optim.lr_scheduler import LambdaLR
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import checkpoints
@@ -12,6 +17,8 @@ from ..files import write_yaml
 from ..following.staging import StagingCallback
 from ..packing.context_parallel import ContextParallelMixin
 from .optimizers import MuonMixin
+
+logger = logging.getLogger(__name__)
 
 
 class RunMixin(MuonMixin, ContextParallelMixin):
@@ -23,15 +30,23 @@ class RunMixin(MuonMixin, ContextParallelMixin):
 
     shares_prefix = False  # of chosen and rejected
     loss_before = 0.0  # sum over the steps of earlier starts
+    loads_optimizer = True  # when it resumes
+    settings: Sequence[dict[str, Any]] = ()  # of each group of the optimizer, by the recipe
 
     def __init__(self, *args, record: Mapping[str, Any], **kwargs):
-        self.record = record
         super().__init__(*args, **kwargs)
         # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
         # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
         # Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         vars(self.model).pop("gradient_checkpointing_enable", None)
+        # PATCH(transformers<5.25): the Trainer deletes older checkpoints before the manifest makes the new one whole,
+        # and at the end of training the last one for the best, after which the run would train on from the best. Waits
+        # for transformers/trainer.py:3425 and :2032. Delete when rotation is a callback's.
+        self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        shapes = [(name, *getattr(p, "ds_shape", p.shape)) for name, p in trained]  # ZeRO-3 leaves empty parameters
+        self.record = {**record, "parameters": xxhash.xxh3_64_hexdigest(str(shapes).encode())}
 
     @property
     def global_batch_size(self) -> int:
@@ -44,25 +59,19 @@ class RunMixin(MuonMixin, ContextParallelMixin):
 
     def _save_checkpoint(self, model, trial) -> None:
         output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        # PATCH(transformers<5.25): the Trainer deletes older checkpoints before the manifest makes the new one whole,
-        # and has no hook before a save. Waits for transformers/trainer.py:3425. Delete when rotation is a callback's.
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        try:
-            with checkpoints.saving(name, output_dir):
-                if self.args.should_save:
-                    checkpoints.begin(output_dir / name)
-                self.accelerator.wait_for_everyone()
-                super()._save_checkpoint(model, trial)
-                unlogged = self.accelerator.reduce(self._tr_loss, "mean").item()
-                if self.args.should_save:
-                    record = {**self.record, **self.progress(), "train_loss": self.mean_loss(unlogged)}
-                    checkpoints.write_manifest(output_dir / name, record)
-                    best, staging = self.state.best_model_checkpoint, self.callback_handler.callbacks
-                    owing = {path for each in staging if isinstance(each, StagingCallback) for path in each.owing}
-                    checkpoints.rotate(output_dir, limit, self.args.save_total_gb, best, owing)
-                self.accelerator.wait_for_everyone()
-        finally:
-            self.args.save_total_limit = limit
+        with checkpoints.saving(name, output_dir):
+            if self.args.should_save:
+                checkpoints.begin(output_dir / name)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            unlogged = self.accelerator.reduce(self._tr_loss, "mean").item()
+            if self.args.should_save:
+                record = {**self.record, **self.progress(), "train_loss": self.mean_loss(unlogged)}
+                checkpoints.write_manifest(output_dir / name, record)
+                best, staging = self.state.best_model_checkpoint, self.callback_handler.callbacks
+                owing = {path for each in staging if isinstance(each, StagingCallback) for path in each.owing}
+                checkpoints.rotate(output_dir, self.save_total_limit, self.args.save_total_gb, best, owing)
+            self.accelerator.wait_for_everyone()
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Evaluate, and check that there is the metric for the best model.
@@ -114,12 +123,20 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         # PATCH(transformers<5.25): the Trainer has no public place to set where it resumes. Waits for
         # transformers/trainer.py:1678. Delete when it resumes at a sample.
         self.steps_per_epoch = num_update_steps_per_epoch
+        log = logging.getLogger("transformers.trainer")
+        level = log.level
+        log.setLevel(logging.ERROR)  # it warns of what is set right below
         position = super()._init_training_state(
             max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
         )
+        log.setLevel(level)
         if resume_from_checkpoint is None:
             return position
         manifest = checkpoints.read_manifest(Path(resume_from_checkpoint))
+        if manifest.get("parameters") not in (None, self.record["parameters"]):
+            raise RecipeError(f"{resume_from_checkpoint} trained other parameters. {checkpoints.SET_BACK}.")
+        self.state.compute_steps(self.args, max_steps)
+        self._find_best(Path(resume_from_checkpoint).parent)
         for name, value in self.order_settings().items():
             if manifest[name] != value:
                 before, now = (str(x).lower() for x in (manifest[name], value))
@@ -146,13 +163,43 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         self.state.global_step = manifest["epoch"] * num_update_steps_per_epoch + steps
         return manifest["epoch"], steps * self.args.gradient_accumulation_steps
 
+    def _find_best(self, folder: Path) -> None:
+        """Set the best checkpoint, whose path may be that of another folder: of a run that was moved or copied."""
+        state = self.state
+        if state.best_global_step is None:
+            return
+        path = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        if checkpoints.is_complete(path):
+            state.best_model_checkpoint = str(path)
+            return
+        logger.warning("The best checkpoint, %s, is not there any more. The best is sought from here on.", path)
+        state.best_model_checkpoint = state.best_global_step = state.best_metric = None
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new:
+            self.settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        return optimizer
+
     def _load_optimizer_and_scheduler(self, checkpoint) -> None:
-        # PATCH(transformers<5.25): the schedule resumes at the checkpoint's step, whatever the new batch size makes of
-        # it. Waits for transformers/trainer.py:3894. Delete when it resumes at a sample.
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.lr_scheduler.last_epoch != self.state.global_step:
+        # PATCH(transformers<5.25): optimizer and schedule resume with the checkpoint's settings, whatever the recipe
+        # says now, and at its step, whatever the new batch size makes of it. Waits for transformers/trainer.py:3894.
+        # Delete when it resumes at a sample, with the settings of its arguments.
+        if checkpoint is None:
+            return
+        if self.loads_optimizer:
+            super()._load_optimizer_and_scheduler(checkpoint)
+        before = checkpoints.read_manifest(Path(checkpoint)).get("learning_rate", self.args.learning_rate)
+        for group, settings in zip(self.optimizer.param_groups, self.settings, strict=False):
+            scale = settings["lr"] / group["initial_lr"] if "initial_lr" in group else self.args.learning_rate / before
+            group |= {**settings, "lr": group["lr"] * scale}
+            group |= {"initial_lr": settings["lr"]} if "initial_lr" in group else {}
+        if isinstance(self.lr_scheduler, LambdaLR):
+            self.lr_scheduler.base_lrs = [group["initial_lr"] for group in self.optimizer.param_groups]
             self.lr_scheduler.last_epoch = self.state.global_step - 1
-            self.lr_scheduler.step()
+            with warnings.catch_warnings(action="ignore", category=UserWarning):  # no step of a new optimizer before
+                self.lr_scheduler.step()
 
     def _run_epoch(self, *args, **kwargs) -> None:
         # PATCH(transformers<5.25): a finished run of `max_steps` is trained one step further each time it is started

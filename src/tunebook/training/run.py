@@ -31,6 +31,7 @@ from ..following.trackers import set_wandb_environment
 from ..recipe import Recipe
 from ..recipe.configs import CausalLMConfig, count_groups, has_fast_bf16
 from .holding import SigtermCallback, from_main_process
+from .identity import describe_run
 from .models import check_model
 from .progress import show_progress
 from .refusals import refuse
@@ -49,6 +50,7 @@ class Run:
     tokenizer: PreTrainedTokenizerBase
     data: Data
     checkpoint: Path | None  # to resume from
+    loads_optimizer: bool  # and its optimizer's state, too
     record: dict[str, Any]  # what the run is made of, for the checkpoints' manifests
     prompts: Sequence[Prompt]  # of `eval_prompts`
 
@@ -71,11 +73,14 @@ def prepare(recipe: Recipe) -> Run:
         validate_callbacks(args, resumes=checkpoint is not None)
     config = check_model(recipe.model.model_name_or_path, recipe.model.model_revision, args.trust_remote_code)
     refuse(recipe, config)
+    record, loads_optimizer = describe_run(recipe, config), True
+    if checkpoint is not None:
+        loads_optimizer = checkpoints.check_resume(checkpoint, record, args.force_resume)
     log_resolved(recipe)
     tokenizer, data = load_recipe_data(recipe)
-    record = make_record(recipe, data)
+    record |= describe_data(recipe, data)
     if checkpoint is not None:
-        checkpoints.check_resume(checkpoint, record, args.force_resume, deepspeed=args.deepspeed_plugin is not None)
+        checkpoints.check_resume(checkpoint, record, args.force_resume)
         record["resumed_from"] = [*checkpoints.read_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
         logger.info("Resuming from %s (resume_from_checkpoint: %s).", checkpoint, args.resume_from_checkpoint)
     if PartialState().is_main_process:
@@ -84,18 +89,13 @@ def prepare(recipe: Recipe) -> Run:
     if isinstance(args, CausalLMConfig) and args.eval_prompts:
         with user_errors():
             prompts = load_prompts(args.eval_prompts, data.raw_eval or {})
-    return Run(recipe, tokenizer, data, checkpoint, record, prompts)
+    return Run(recipe, tokenizer, data, checkpoint, loads_optimizer, record, prompts)
 
 
-def make_record(recipe: Recipe, data: Data) -> dict[str, Any]:
-    """Return what a run is made of: with another model, other data or another seed it is another run."""
-    args = recipe.training
+def describe_data(recipe: Recipe, data: Data) -> dict[str, Any]:
+    """Return what [`describe_run`] cannot know before the rows are read, and how the run came about."""
     return {
-        "task": recipe.task,
-        "model": recipe.model.model_name_or_path,
         "data": fingerprint(data.train),
-        "seed": args.seed if args.data_seed is None else args.data_seed,
-        "max_tokens_per_batch": None if recipe.task == "sft" else args.max_tokens_per_batch,
         "recipe": recipe.given,
         "rows": {split: str(counts) for split, counts in data.counts.items()},
         "versions": {name: version(name) for name in VERSIONS},
@@ -170,6 +170,7 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
     callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
     for callback in [*callbacks, SigtermCallback(trainer)]:
         trainer.add_callback(callback)
+    trainer.loads_optimizer = run.loads_optimizer
     result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
     with checkpoints.saving("The model", output_dir):
         (output_dir / "all_results.json").unlink(missing_ok=True)  # a full disk may have cut it; it is written anew
