@@ -29,7 +29,7 @@ from ..following import validate_callbacks
 from ..recipe import Recipe
 from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
-from ..training.refusals import refuse
+from ..training.refusals import refuse, refuse_few_rows
 from ..training.run import set_up_logging
 from .lengths import form_batches, lost_systems, measure_rows
 from .memory import estimate
@@ -197,6 +197,7 @@ def check(
     except NothingToTrain as error:
         console.print(f"[red]{escape(str(error))}")
         return 1
+    refuse_few_rows(recipe, len(data.train) / data.share)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
     ends = end_of_turn_ids(tokenizer, None)
     lengths = measure_rows(recipe.task, data.train, ends, args.max_length)

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -45,6 +46,11 @@ def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> in
     rows = load_source(path, "train")
     renderer = Renderer(RenderSettings("sft", tokenizer, None, choose_columns("sft", rows.column_names, {})))
     rewards = score_ids(model, render_ids(rows, renderer, path), batch_size)
+    if not_finite := [number for number, reward in enumerate(rewards) if not math.isfinite(reward)]:
+        raise RecipeError(
+            f"{path}, row {not_finite[0]}: the reward is {rewards[not_finite[0]]}, as are {len(not_finite)} of "
+            f"{len(rewards)}. Look whether the weights of {model_name} are finite."
+        )
     mean, std = (model.config.to_dict().get(name) for name in ("mean", "std"))
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:

@@ -42,6 +42,11 @@ LOADING = {
     *signature(PreTrainedModel.from_pretrained).parameters,
 }
 
+NO_BATCH = (
+    "`dataloader_drop_last` drops the only batch, which is not full. Set a smaller per_device_train_batch_size, or "
+    "remove the key."
+)
+
 
 def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | None = None) -> None:
     """Refuse what could not be trained or saved.
@@ -80,6 +85,14 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
         pack = pack_reward_model if recipe.task == "rm" else pack_causal_lm
         with user_errors():
             pack(model, packing=True, **({} if recipe.task == "sft" else {"share_prefix": bool(args.share_prefix)}))
+
+
+def refuse_few_rows(recipe: Recipe, rows: float) -> None:
+    """Refuse to train on fewer rows than a batch of all processes, where `dataloader_drop_last` leaves none."""
+    args = recipe.training
+    batch = args.per_device_train_batch_size * args.data_parallel_size
+    if args.dataloader_drop_last and not args.packing and rows < batch:
+        raise RecipeError(NO_BATCH)
 
 
 def check_packages(recipe: Recipe) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import xxhash
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import checkpoints
@@ -16,12 +17,14 @@ from ..errors import RecipeError
 from ..files import write_yaml
 from ..following.staging import StagingCallback
 from ..packing.context_parallel import ContextParallelMixin
+from .finite import FiniteMixin
 from .optimizers import MuonMixin
+from .refusals import NO_BATCH
 
 logger = logging.getLogger(__name__)
 
 
-class RunMixin(MuonMixin, ContextParallelMixin):
+class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
     """Mixin before a TRL trainer that saves complete checkpoints only, and resumes at the sample where they stopped.
 
     Args:
@@ -40,10 +43,8 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         # Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
         self.args.activation_checkpointing_kwargs = self.args.gradient_checkpointing_kwargs
         vars(self.model).pop("gradient_checkpointing_enable", None)
-        # PATCH(transformers<5.25): the Trainer deletes older checkpoints before the manifest makes the new one whole,
-        # and at the end of training the last one for the best, after which the run would train on from the best. Waits
-        # for transformers/trainer.py:3425 and :2032. Delete when rotation is a callback's.
         self.save_total_limit, self.args.save_total_limit = self.args.save_total_limit, None
+        self.args.logging_nan_inf_filter = False  # a loss that is not finite ends the run
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         shapes = [(name, *getattr(p, "ds_shape", p.shape)) for name, p in trained]  # ZeRO-3 leaves empty parameters
         self.record = {**record, "parameters": xxhash.xxh3_64_hexdigest(str(shapes).encode())}
@@ -53,12 +54,22 @@ class RunMixin(MuonMixin, ContextParallelMixin):
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
 
+    def get_train_dataloader(self) -> DataLoader:
+        batches = super().get_train_dataloader()
+        if not len(batches):
+            raise RecipeError(NO_BATCH)
+        return batches
+
     def order_settings(self) -> dict[str, Any]:
         """Return the settings, by their names in the manifest, that the order of the rows depends on."""
         return {}
 
     def _save_checkpoint(self, model, trial) -> None:
+        # PATCH(transformers<5.25): the Trainer deletes older checkpoints before the manifest makes the new one whole,
+        # and at the end of training the last one for the best, after which the run would train on from the best; so it
+        # sees no limit. Waits for transformers/trainer.py:3425. Delete when rotation is a callback's.
         output_dir, name = Path(self.args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        self.check_weights()
         with checkpoints.saving(name, output_dir):
             if self.args.should_save:
                 checkpoints.begin(output_dir / name)
@@ -211,6 +222,7 @@ class RunMixin(MuonMixin, ContextParallelMixin):
 
     def save_final(self) -> None:
         """Save the trained model, its card and the trainer's state to `output_dir`."""
+        self.check_weights()
         self.save_state()
         # off in training; who generates wants it on
         self.accelerator.unwrap_model(self.model).config.use_cache = True

@@ -34,7 +34,7 @@ from .holding import SigtermCallback, from_main_process
 from .identity import describe_run
 from .models import check_model
 from .progress import show_progress
-from .refusals import refuse
+from .refusals import refuse, refuse_few_rows
 from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def prepare(recipe: Recipe) -> Run:
         loads_optimizer = checkpoints.check_resume(checkpoint, record, args.force_resume)
     log_resolved(recipe)
     tokenizer, data = load_recipe_data(recipe)
+    refuse_few_rows(recipe, len(data.train))
     record |= describe_data(recipe, data)
     if checkpoint is not None:
         checkpoints.check_resume(checkpoint, record, args.force_resume)
