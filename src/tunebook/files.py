@@ -113,7 +113,7 @@ def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:
 def append_rows(path: Path, rows: Sequence[dict[str, Any]], *key: str, kind: TypeAdapter = ROW) -> None:
     """Append rows as JSON lines, and delete the earlier ones that are equal to a new one in all fields of `key`.
 
-    Lines that are no rows, which a full disk may leave, are moved to a file of their own. A process that is killed
+    Lines that are not rows, which a full disk may leave, are moved to a file of their own. A process that is killed
     leaves the file as it was or as it is to be.
     """
     found, broken = split_rows(path, kind)
