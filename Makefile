@@ -40,10 +40,11 @@ slurm: install  ## train on several nodes: make slurm TASK=sft RECIPE=recipes/..
 test: install  ## run the whole suite, offline and without a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 15
 
-lint: install  ## check style and dependencies, change nothing
+lint: install  ## check style, dependencies and types, change nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/deptry src
+	$(BIN)/mypy
 
 format: install  ## fix style
 	$(BIN)/ruff check --fix .

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from transformers import AutoModelForCausalLM
 
 from tunebook.recipe import Recipe, parse_command_line
+from tunebook.recipe.configs import DPOConfig
 from tunebook.tools.check import check
 from tunebook.training import DPOTrainer, fit, held, load_model, load_reference, prepare
 
@@ -22,6 +23,7 @@ from tunebook.training import DPOTrainer, fit, held, load_model, load_reference,
 def main(recipe: Recipe) -> DPOTrainer:
     if recipe.training.dry_run:
         raise SystemExit(check(recipe))
+    assert isinstance(recipe.training, DPOConfig)
     with held(Path(recipe.training.output_dir)):
         run = prepare(recipe)
         model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer)

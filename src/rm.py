@@ -15,6 +15,7 @@ if __name__ == "__main__":
 from transformers import AutoModelForSequenceClassification
 
 from tunebook.recipe import Recipe, parse_command_line
+from tunebook.recipe.configs import RewardConfig
 from tunebook.tools.check import check
 from tunebook.training import RewardTrainer, fit, held, load_model, prepare
 
@@ -22,6 +23,7 @@ from tunebook.training import RewardTrainer, fit, held, load_model, prepare
 def main(recipe: Recipe) -> RewardTrainer:
     if recipe.training.dry_run:
         raise SystemExit(check(recipe))
+    assert isinstance(recipe.training, RewardConfig)
     with held(Path(recipe.training.output_dir)):
         run = prepare(recipe)
         model, peft_config = load_model(AutoModelForSequenceClassification, recipe, run.tokenizer)

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)
 
 MANIFEST = "manifest.json"
+Record = Mapping[str, Any]  # the JSON of a manifest: what a run is made of, its recipe, and how far it has come
 BEGUN = f"{MANIFEST}.partial"  # in a checkpoint that is being saved, or whose save was interrupted
 FIXED = ("data", "seed", "order", "reference")  # a run with a different one is a different run
 SET_BACK = "Set that back, or another `output_dir`, or `resume_from_checkpoint: never`"
@@ -108,11 +109,11 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: checksum(folder / name), names), strict=True))
 
 
-def own_checksum(manifest: Mapping[str, Any]) -> str:
+def own_checksum(manifest: Record) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(manifest).encode())
 
 
-def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, record: Record) -> None:
     """Declare a checkpoint complete.
 
     Args:
@@ -129,7 +130,7 @@ def write_manifest(folder: Path, record: Mapping[str, Any]) -> None:
     (folder / BEGUN).replace(folder / MANIFEST)
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> Record | None:
     """Return the manifest of a complete checkpoint; None for an incomplete one.
 
     Raises:
@@ -149,6 +150,13 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error}") from error
+    return manifest
+
+
+def whole_manifest(folder: Path) -> Record:
+    """Return the manifest of a checkpoint that is known to be complete."""
+    manifest = read_manifest(folder)
+    assert manifest is not None, folder
     return manifest
 
 
@@ -175,7 +183,7 @@ def is_complete(folder: Path) -> bool:
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints, the least trained first."""
     complete = filter(is_complete, checkpoint_folders(output_dir))
-    return sorted(complete, key=lambda path: read_manifest(path)["consumed_samples"])
+    return sorted(complete, key=lambda path: whole_manifest(path)["consumed_samples"])
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -232,7 +240,7 @@ def set_aside(output_dir: Path, names: Sequence[str]) -> None:
         logger.warning("Moved what an earlier run left in %s to %s.", output_dir, folder.name)
 
 
-def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> bool:
+def check_resume(checkpoint: Path, record: Record, force: bool) -> bool:
     """Refuse to resume another run; log what else changed since the checkpoint was made.
 
     Args:
@@ -246,7 +254,7 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> bo
         RecipeError: for other trained parameters; unless `force` is set also for another model, data set, seed, order
             of the rows, optimizer or sharding engine, and where there is no optimizer state.
     """
-    before = read_manifest(checkpoint)
+    before = whole_manifest(checkpoint)
     if trained := differences(before, record, ("trained",)):
         raise RecipeError(f"{checkpoint} trained other parameters: {'; '.join(trained)}. {SET_BACK}.")
     changed = differences(before, record, FIXED)
@@ -280,7 +288,7 @@ def check_resume(checkpoint: Path, record: Mapping[str, Any], force: bool) -> bo
     return not unfit
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequence[str]) -> list[str]:
+def differences(before: Record, now: Record, names: Sequence[str]) -> list[str]:
     """Return how values of two records differ, in words: also those of a group of keys, each by its own name."""
     lines = []
     for name in names:
@@ -292,7 +300,7 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any], names: Sequen
     return lines
 
 
-def holds_weights(manifest: Mapping[str, Any]) -> bool:
+def holds_weights(manifest: Record) -> bool:
     return any(name.endswith(".safetensors") for name in manifest["files"])
 
 
@@ -306,7 +314,7 @@ def rotate(
     for path in set(output_dir.glob("checkpoint-*")) - set(complete):
         if (path / BEGUN).exists():
             delete(path)
-    sizes = {path: sum(read_manifest(path)["files"].values()) / 1e9 for path in complete}
+    sizes = {path: sum(whole_manifest(path)["files"].values()) / 1e9 for path in complete}
     for path in complete[:-1]:
         too_many = limit is not None and len(sizes) > limit
         too_large = max_gb is not None and sum(sizes.values()) > max_gb

@@ -3,7 +3,10 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 # With what launchers set, lm-eval would wait for the other ranks of a job that it is not part of
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "SLURM_")
@@ -53,8 +56,8 @@ def uses_parallelism_config() -> bool:
     return os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "false").lower() == "true"
 
 
-def launched_sharding(args: Any) -> Sharding:
-    """Return the sharding of the launch that `args`, a `TrainingArguments`, was built in."""
+def launched_sharding(args: "TrainingArguments") -> Sharding:
+    """Return the sharding of the launch that `args` was built in."""
     if args.deepspeed_plugin is not None:
         return zero_sharding(args.deepspeed_plugin.deepspeed_config.get("zero_optimization", {}), args.world_size)
     if uses_fsdp():

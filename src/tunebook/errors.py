@@ -76,11 +76,12 @@ def interrupted_by_signals() -> Iterator[None]:
 @contextmanager
 def user_errors(*errors: type[Exception]) -> Iterator[None]:
     """Turn a ValueError raised inside, and each of `errors`, into a [`RecipeError`] with the same message."""
+    mistakes: tuple[type[Exception], ...] = (ValueError, *errors)
     try:
         yield
     except RecipeError:
         raise
-    except (ValueError, *errors) as error:
+    except mistakes as error:
         raise RecipeError(str(error)) from error
 
 

@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import StringIO
 from pathlib import Path
@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
 from .errors import RecipeError
@@ -38,7 +39,7 @@ def shipped(path: str | Path) -> Path:
 class Representer(SafeRepresenter):
     """Write text of several lines as a block."""
 
-    def represent_str(self, text: str) -> Any:
+    def represent_str(self, text: str) -> ScalarNode:
         return self.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None)
 
 
@@ -49,7 +50,8 @@ def yaml_1_2() -> YAML:
     """Return a reader and writer of YAML 1.2, in which 2e-5 is a number, `no` a word, and a key stands once."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = Representer
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output, yaml.width = False, False, 2**16
+    yaml.default_flow_style, yaml.width = False, 2**16
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment] # ruamel.yaml has None, and no type
     return yaml
 
 
@@ -67,7 +69,7 @@ def read_text(path: Path) -> str:
         raise RecipeError(f"{path}, line {line}: not UTF-8 ({error.reason}). Save the file in UTF-8.") from error
 
 
-def read_yaml(text: str, name: str) -> Any:
+def read_yaml(text: str, name: str) -> Any:  # noqa: ANN401 - what the user wrote
     """Parse YAML 1.2.
 
     Args:
@@ -85,7 +87,7 @@ def read_yaml(text: str, name: str) -> Any:
         raise RecipeError(f"{name} is not YAML: {error}") from error
 
 
-def write_yaml(value: Any) -> str:
+def write_yaml(value: object) -> str:
     """Return `value` as YAML 1.2, its keys in their order."""
     yaml_1_2().dump(value, stream := StringIO())
     return stream.getvalue()
@@ -102,7 +104,7 @@ def split_rows(path: Path, kind: TypeAdapter[T]) -> tuple[list[tuple[bytes, T]],
     return rows, broken
 
 
-def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:
+def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:  # type: ignore[assignment]
     """Read the rows of JSON lines, and name the lines that are none; no rows where there is no file."""
     rows, broken = split_rows(path, kind)
     if broken:
@@ -110,7 +112,12 @@ def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:
     return [row for _, row in rows]
 
 
-def append_rows(path: Path, rows: Sequence[dict[str, Any]], *key: str, kind: TypeAdapter = ROW) -> None:
+def append_rows(
+    path: Path,
+    rows: Sequence[Mapping[str, object]],
+    *key: str,
+    kind: TypeAdapter[T] = ROW,  # type: ignore[assignment]
+) -> None:
     """Append rows as JSON lines, and delete the earlier ones that are equal to a new one in all fields of `key`.
 
     Lines that are not rows, which a full disk may leave, are moved to a file of their own. A process that is killed
@@ -165,7 +172,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
         folder.rename(out)
 
 
-def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> str:
+def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; bars and line breaks in a cell are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     escaped = ([str(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in line] for line in lines)

@@ -54,7 +54,7 @@ def choose_columns(task: str, names: Sequence[str], given: Mapping[str, Any]) ->
     return {role: columns[role] for role in fits[0]}
 
 
-def read_messages(value: Any, role: str) -> Messages:
+def read_messages(value: Any, role: str) -> Messages:  # noqa: ANN401 - of a row
     """Read a conversation from messages, ShareGPT turns or a plain text of `role`.
 
     Raises:
@@ -77,7 +77,7 @@ def read_messages(value: Any, role: str) -> Messages:
     return messages
 
 
-def read_field(row: Mapping[str, Any], column: str, types: tuple[type, ...] = (str, list)) -> Any:
+def read_field(row: Mapping[str, Any], column: str, types: tuple[type, ...] = (str, list)) -> Any:  # noqa: ANN401
     """Return the value of a column; drop the row if it is missing or not of one of the types."""
     value = row[column]
     if value is None:

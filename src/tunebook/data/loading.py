@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import RecipeError
 from ..recipe import Recipe
+from ..recipe.configs import RewardConfig, SFTConfig
 from .rendering import RenderSettings
 from .sources import Source, Sources, all_keys, first, list_entries, read_sources
 from .tokenizer import load_recipe_tokenizer, settle_template
@@ -145,10 +146,10 @@ def tokenize_sources(
 def render_settings(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> RenderSettings:
     """Return how the rows of a source become tokens."""
     given, args = all_keys(recipe), recipe.training
-    if recipe.task == "rm" and not args.use_margin and "margin" in source.rows.column_names:
+    if isinstance(args, RewardConfig) and not args.use_margin and "margin" in source.rows.column_names:
         logger.warning("%s has a column margin that is not used. Set `use_margin: true` to use it.", source.name)
     keys = {f.name: given[f.name] for f in fields(RenderSettings) if f.name in given}
-    if recipe.task == "sft" and args.packing and args.packing_strategy in ("bfd_split", "wrapped"):
+    if isinstance(args, SFTConfig) and args.packing and args.packing_strategy in ("bfd_split", "wrapped"):
         keys["max_length"] = None  # packing splits long rows
     return RenderSettings(recipe.task, tokenizer, columns=source.columns, **keys)
 
@@ -200,12 +201,13 @@ def mix(recipe: Recipe, parts: list[Dataset]) -> Dataset:
     """
     seed, sources = recipe.training.seed, list_entries(recipe)
     if len(parts) > 1 and sources[0].fraction is not None:
-        shares = [source.fraction / sum(source.fraction for source in sources) for source in sources]
+        fractions = [source.fraction or 0.0 for source in sources]
+        shares = [fraction / sum(fractions) for fraction in fractions]
         size = min(len(part) / share for part, share in zip(parts, shares, strict=True))
         parts = [first(part.shuffle(seed=seed), round(size * share)) for part, share in zip(parts, shares, strict=True)]
     if len(parts) > 1 and sources[0].probability is not None:
-        total = sum(source.probability for source in sources)
-        probabilities = [source.probability / total for source in sources]
+        chances = [source.probability or 0.0 for source in sources]
+        probabilities = [chance / sum(chances) for chance in chances]
         stopping = recipe.script.mixture_stopping
         mixed = datasets.interleave_datasets(parts, probabilities, seed=seed, stopping_strategy=stopping)
     else:

@@ -106,7 +106,7 @@ class Renderer:
             prompt, chosen, rejected = split["prompt"], split["chosen"], split["rejected"]
         return self.prompted(prompt, [chosen, rejected], row)
 
-    def prompted(self, prompt: Any, answers: Sequence[Any], row: Mapping[str, Any]) -> list[Rendered]:
+    def prompted(self, prompt: Any, answers: Sequence[Any], row: Mapping[str, Any]) -> list[Rendered]:  # noqa: ANN401
         """Return prompt + answer for each answer, trained on what follows the prompt."""
         if any(len(answer) == 0 for answer in answers):
             raise Dropped("empty answer")
@@ -168,7 +168,7 @@ class Renderer:
         tokenizer, tools = self.settings.tokenizer, row.get("tools")
         tools = json.loads(tools) if isinstance(tools, str) else tools
         try:
-            [text], spans = render_jinja_template(
+            [text], spans = render_jinja_template(  # type: ignore[str-unpack] # its annotation is wrong
                 conversations=[messages],
                 tools=tools,
                 chat_template=marked or tokenizer.get_chat_template(tools=tools),
@@ -178,9 +178,9 @@ class Renderer:
             )
         except (TemplateError, TypeError) as error:
             raise Dropped(f"chat template error: {error}") from error
-        return text, [tuple(span) for marks in spans for span in marks]
+        return text, [tuple(span) for marks in spans for span in marks]  # type: ignore[misc]
 
-    def is_templated(self, *parts: Any) -> bool:
+    def is_templated(self, *parts: object) -> bool:
         """Return whether a chat template renders these parts, texts or lists of turns."""
         has_turns = any(isinstance(part, list) for part in parts)
         if has_turns and self.settings.apply_chat_template is False:

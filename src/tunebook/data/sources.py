@@ -66,10 +66,10 @@ def read_sources(recipe: Recipe, sample: int | None = None) -> Sources:
     loaded = [load_entry(entry) for entry in entries]
     count = math.inf if sample is None else sample
     share = min(1.0, count / sum(map(len, loaded)))
-    holds_out = args.do_eval and script.test_split_size is not None and not script.eval_dataset_name
+    holds_out = args.do_eval and not script.eval_dataset_name and script.test_split_size is not None
     train, held_out = [], []
     for entry, rows in zip(entries, loaded, strict=True):
-        if holds_out:
+        if holds_out and script.test_split_size is not None:
             parts = split_rows(rows, script.test_split_size, args.seed, entry.path)
             rows = parts["train"]
             held_out.append(choose_source(recipe, entry.path, parts["test"], share))
@@ -85,7 +85,7 @@ def list_entries(recipe: Recipe) -> list[DatasetConfig]:
     script = recipe.script
     return script.datasets or [
         DatasetConfig(
-            path=script.dataset_name,
+            path=script.dataset_name or "",
             name=script.dataset_config,
             split=script.dataset_train_split,
             max_samples=script.max_train_samples if script.test_split_size is None else None,
@@ -147,7 +147,7 @@ def split_rows(dataset: Dataset, test_size: float, seed: int, path: str) -> Data
 
 
 def load_source(
-    path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files: Any = None
+    path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files: object = None
 ) -> Dataset:
     """Load one split of a Hub data set, a local file, a folder of files, or a folder of `save_to_disk`.
 
@@ -189,7 +189,8 @@ def load_file(path: Path, split: str) -> Dataset:
         raise RecipeError(f"{path}: unknown kind of file. Known: {known}.")
     if path.stat().st_size == 0:
         raise RecipeError(f"{path} is empty.")
-    kind, options = FORMATS[suffixes[-1]], {}
+    kind = FORMATS[suffixes[-1]]
+    options: dict[str, Any] = {}
     if kind == "csv":  # all columns are text, or one of answers such as 42 would become numbers
         options = {"sep": "\t" if suffixes[-1] == "tsv" else ",", "keep_default_na": False}
         columns = pd.read_csv(path, sep=options["sep"], nrows=0).columns

@@ -122,7 +122,7 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, has_turns: bool, needs_e
     """
     if tokenizer.chat_template is None and has_turns:
         chatml = {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]}
-        added = tokenizer.add_special_tokens(chatml, replace_extra_special_tokens=False)
+        added = tokenizer.add_special_tokens(chatml, replace_extra_special_tokens=False)  # type: ignore[arg-type]
         tokenizer.chat_template = CHATML
         tokenizer.eos_token = "<|im_end|>"
         message = "The tokenizer has no chat template, so ChatML is used, with EOS <|im_end|> and %d new tokens. "
@@ -153,7 +153,7 @@ def end_of_template(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     answer = "\N{BLACK CHESS QUEEN}"  # of which no template has one of its own
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
     except Exception:  # a template is a program of its own, and can raise anything; the rows' report will say what
         return []
     after = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"] if answer in text else []

@@ -103,7 +103,7 @@ def process_batch(batch: Mapping[str, list[Any]], settings: RenderSettings) -> d
     result, rendered = [], []
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
-        out = {name: [] if name in TOKEN_COLUMNS[settings.task] else None for name in columns}
+        out: dict[str, object] = {name: [] if name in TOKEN_COLUMNS[settings.task] else None for name in columns}
         try:
             if "subset" in columns:
                 out["subset"] = str(row[settings.columns["subset"]])
@@ -119,7 +119,7 @@ def process_batch(batch: Mapping[str, list[Any]], settings: RenderSettings) -> d
     return {name: [out[name] for out in result] for name in columns}
 
 
-def read_margin(value: Any) -> float:
+def read_margin(value: Any) -> float:  # noqa: ANN401 - the user's
     try:
         return float(value)
     except (TypeError, ValueError) as error:

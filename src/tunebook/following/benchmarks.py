@@ -11,21 +11,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
-from transformers import Trainer, TrainerState
+from transformers import TrainerControl, TrainerState
 
 from ..checkpoints import step_of
 from ..environment import without_launcher
 from ..files import read_yaml, shipped
-from ..recipe.configs import CausalLMConfig
+from ..packing.context_parallel import TRLTrainer
+from ..recipe.configs import CausalLMConfig, RunConfig
 from ..recipe.needs import is_benchmark
 from .hub import PushToHubRevisionCallback, step_revision
-from .scores import ROWS_FILE, BenchmarkRow, Scores, add_scores_to_card, read_scored_rows, write_scored_rows
+from .scores import ROWS_FILE, BenchmarkRow, Metrics, Scores, add_scores_to_card, read_scored_rows, write_scored_rows
 from .staging import StagingCallback, stage_model
 from .trackers import log_at_step
 
@@ -97,7 +99,8 @@ def read_scores(output_path: Path, tasks: Sequence[str]) -> tuple[Scores, Scores
     if not files:
         raise FileNotFoundError(f"There are no results in {output_path}.")
     results = json.loads(files[-1].read_text())["results"]
-    scores, errors = {}, {}
+    scores: Scores = {}
+    errors: Scores = {}
     for task in [task for task in tasks if task in results] or results:
         numbers = {tuple(key.split(",")): value for key, value in results[task].items() if "," in key}
         metrics = [metric for metric, _ in numbers]
@@ -132,10 +135,10 @@ class BenchmarkJobs:
         self.folder, self.rows_file = Path(output_dir).resolve() / "benchmarks", Path(output_dir) / ROWS_FILE
         self.benchmarks, self.launcher, self.timeout = benchmarks, launcher, timeout
         self.free_devices: SimpleQueue[str | None] = SimpleQueue()
-        for device in [None] * SLURM_JOBS if launcher == "slurm" else devices or [None]:
+        for device in (None,) * SLURM_JOBS if launcher == "slurm" else devices or (None,):
             self.free_devices.put(device)
         self.pool = ThreadPool(self.free_devices.qsize())  # daemons: a run that ends early does not wait for them
-        self.unfinished: list[tuple[BenchmarkRow, AsyncResult]] = []
+        self.unfinished: list[tuple[BenchmarkRow, AsyncResult[None]]] = []
         self.submitted_steps: set[int | None] = set()
 
     @property
@@ -188,18 +191,19 @@ class BenchmarkJobs:
         return self.wait()
 
     def _run(self, benchmark: Path, row: BenchmarkRow) -> None:
-        folder, device, timeout = self.step_folder(row.step) / row.benchmark, self.free_devices.get(), self.timeout
+        folder, device = self.step_folder(row.step) / row.benchmark, self.free_devices.get()
+        timeout: float | None = self.timeout
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         log, start = folder / "log.txt", time.monotonic()
         command = lm_eval_command(benchmark, row.model, folder, row.revision)
         if self.launcher == "slurm":
-            command, timeout = sbatch_command(command, f"benchmark-{row.benchmark}-{row.step}", log, timeout), None
-        options = {"cwd": benchmark.parent, "env": without_launcher(os.environ, device), "timeout": timeout}
+            command, timeout = sbatch_command(command, f"benchmark-{row.benchmark}-{row.step}", log, self.timeout), None
         try:
             # In the process group of the training, so that what ends the training ends the benchmark
             with log.open("ab") as stream:
-                done = subprocess.run(command, stdout=stream, stderr=subprocess.STDOUT, **options)
+                run = partial(subprocess.run, stdout=stream, stderr=subprocess.STDOUT)
+                done = run(command, cwd=benchmark.parent, env=without_launcher(os.environ, device), timeout=timeout)
             try:
                 row.scores, row.stderr = read_scores(folder, benchmark_tasks(benchmark))
             except FileNotFoundError:
@@ -224,8 +228,8 @@ class BenchmarkCallback(StagingCallback):
             be pushed, and an adapter, which lm-eval cannot load by revision: these come from a staged folder.
     """
 
-    def __init__(self, trainer: Trainer, push: PushToHubRevisionCallback | None = None):
-        args, self.trainer = trainer.args, trainer
+    def __init__(self, trainer: TRLTrainer, push: PushToHubRevisionCallback | None = None):
+        args, self.trainer = cast(CausalLMConfig, trainer.args), trainer
         is_slurm = args.benchmark_launcher == "slurm"
         self.push = push if is_slurm else None
         self.schedule = args.benchmark_schedule or ("beside" if is_slurm or args.benchmark_devices else "after")
@@ -249,7 +253,7 @@ class BenchmarkCallback(StagingCallback):
         """Raise a ValueError for an unknown benchmark, a best model by a score that none has, Slurm without sbatch."""
         tasks = [task for name in args.benchmarks for task in benchmark_tasks(find_benchmark(name))]
         best, prefixes = args.metric_for_best_model, tuple(f"bench_{task}_" for task in tasks)
-        if is_benchmark(best) and not best.removeprefix("eval_").startswith(prefixes):
+        if best is not None and is_benchmark(best) and not best.removeprefix("eval_").startswith(prefixes):
             raise ValueError(
                 f"`metric_for_best_model` is {best}, but the benchmarks have the tasks {', '.join(tasks) or '(none)'}. "
                 "Set it to eval_bench_<task>_<metric>."
@@ -257,7 +261,9 @@ class BenchmarkCallback(StagingCallback):
         if args.benchmarks and args.benchmark_launcher == "slurm" and shutil.which("sbatch") is None:
             raise ValueError("`benchmark_launcher: slurm`: there is no sbatch on this machine. Set it to local.")
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Metrics, **kwargs: object
+    ) -> None:
         step = state.global_step
         if self.schedule != "evaluation" or step == self.evaluated_step:
             return
@@ -266,10 +272,10 @@ class BenchmarkCallback(StagingCallback):
         if state.is_world_process_zero:
             self.held.discard(step)
             self._submit(step)
-        busy, scores = True, {}
+        busy, scores = True, Metrics()
         while busy:  # Ranks meet every second: one that waited in a collective for the whole benchmark would time out.
             time.sleep(1)
-            message = [None]
+            message: list[tuple[bool, Metrics] | None] = [None]
             if state.is_world_process_zero:
                 self._poll()
                 for row in self.jobs.finished(step):
@@ -298,7 +304,9 @@ class BenchmarkCallback(StagingCallback):
         if self.schedule == "beside" and state.is_world_process_zero:
             self._submit_held()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.schedule == "beside" and state.is_world_process_zero:
             self._poll()
 
@@ -306,7 +314,8 @@ class BenchmarkCallback(StagingCallback):
         """Run what is left, and the benchmarks on the final model if its step was not saved; fill in its card."""
         state, args = self.trainer.state, self.trainer.args
         self.settle(Path(args.output_dir), state)
-        step = state.best_global_step if args.load_best_model_at_end else state.global_step
+        best = state.best_global_step if args.load_best_model_at_end else None
+        step = state.global_step if best is None else best
         if self.push:
             self.push.uploads.wait()
         self._submit_held(is_last=True)
@@ -335,10 +344,11 @@ class BenchmarkCallback(StagingCallback):
     def _submit_held(self, is_last: bool = False) -> None:
         for step in sorted(self.held):
             revision = step_revision(self.trainer.args.hub_revision or "", step)
-            by_revision = self.push is not None and not (self._staged(step) / "adapter_config.json").exists()
-            if by_revision and revision in self.push.uploads.pushed:
+            is_adapter = (self._staged(step) / "adapter_config.json").exists()
+            uploads = None if self.push is None or is_adapter else self.push.uploads
+            if uploads and revision in uploads.pushed:
                 self._submit(step, revision)
-            elif not by_revision or is_last or revision in self.push.uploads.refused:
+            elif not uploads or is_last or revision in uploads.refused:
                 self._submit(step)
             else:
                 continue
@@ -348,7 +358,7 @@ class BenchmarkCallback(StagingCallback):
         self._submit_held()
         rows = self.jobs.poll()
         for row in rows:
-            if row.scores:
+            if row.scores and row.step is not None:
                 log_at_step(self.trainer, row.tracker_scores(), row.step)
         if rows:
             self._delete_staged()

@@ -7,8 +7,9 @@ Each callback refuses what it cannot do (`validate`, before rows and weights) an
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
+from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RewardConfig, RunConfig, ScriptArguments
 from .benchmarks import BenchmarkCallback
 from .generations import GenerationCallback, Prompt, import_object
@@ -22,11 +23,13 @@ def import_callbacks(names: Sequence[str]) -> list[type[TrainerCallback]]:
     Raises:
         ValueError: one cannot be imported, or is not the class of a TrainerCallback.
     """
-    classes = {name: import_object("callbacks", name) for name in names}
-    for name, cls in classes.items():
+    classes: list[type[TrainerCallback]] = []
+    for name in dict.fromkeys(names):
+        cls = import_object("callbacks", name)
         if not (isinstance(cls, type) and issubclass(cls, TrainerCallback)):
             raise ValueError(f"`callbacks`: {name} is not the class of a TrainerCallback.")
-    return list(classes.values())
+        classes.append(cls)
+    return classes
 
 
 def validate_callbacks(args: RunConfig, resumes: bool) -> None:
@@ -45,13 +48,16 @@ def validate_callbacks(args: RunConfig, resumes: bool) -> None:
         GenerationCallback.validate(args)
 
 
-def build_callbacks(trainer: Trainer, script: ScriptArguments, prompts: Sequence[Prompt] = ()) -> list[TrainerCallback]:
+def build_callbacks(
+    trainer: TRLTrainer, script: ScriptArguments, prompts: Sequence[Prompt] = ()
+) -> list[TrainerCallback]:
     """Build the callbacks that a recipe asks for, in the order in which they are to be added.
 
     They are built on every process, except the push to the Hub, which the main process alone has. `prompts` are those
     that `eval_prompts` names.
     """
-    args, callbacks = trainer.args, []
+    args = trainer.args
+    callbacks: list[TrainerCallback] = []
     is_pushing = args.push_to_hub_revision and trainer.is_world_process_zero()
     push = PushToHubRevisionCallback(args) if is_pushing else None
     if isinstance(args, CausalLMConfig) and args.benchmarks:
@@ -65,7 +71,7 @@ def build_callbacks(trainer: Trainer, script: ScriptArguments, prompts: Sequence
     return callbacks + [cls() for cls in import_callbacks(args.callbacks)]
 
 
-def finish_callbacks(trainer: Trainer, callbacks: Sequence[TrainerCallback], model_folder: Path) -> None:
+def finish_callbacks(trainer: TRLTrainer, callbacks: Sequence[TrainerCallback], model_folder: Path) -> None:
     """Push the final model, wait for the benchmarks, push it with their scores in its card, and wait for the Hub.
 
     It is the last step of a run, once the final model and its card are in `model_folder`. The main process alone has

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -21,13 +21,24 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from pydantic import BaseModel, TypeAdapter
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    set_seed,
+)
 from trl.models.utils import unwrap_model_for_generation
 
 from ..checkpoints import optional
 from ..data.rendering import RenderSettings
 from ..files import append_rows
-from ..recipe.configs import CausalLMConfig, ScriptArguments
+from ..packing.context_parallel import TRLTrainer
+from ..recipe.configs import CausalLMConfig, RunConfig, ScriptArguments
+from .scores import Metrics
 from .trackers import log_at_step, log_table
 
 
@@ -39,9 +50,11 @@ class Generation(BaseModel, extra="allow"):
     output: str
 
 
-Prompt = str | list[dict]  # a text, or a conversation's messages
+Prompt = str | list[dict[str, Any]]  # a text, or a conversation's messages
 Metric = Callable[[list[str], list[str], list[str]], dict[str, list[float]]]
 TABLE = "generations"
+T = TypeVar("T")
+R = TypeVar("R")
 GENERATION = TypeAdapter(Generation)
 
 
@@ -68,7 +81,7 @@ def load_prompts(eval_prompts: Sequence[str], columns: Mapping[str, Sequence[Pro
             raise ValueError(f"`eval_prompts`: there is no file {name}.")
         prompts = [line for line in Path(name).read_text().splitlines() if line.strip()]
         if name.endswith(".jsonl"):
-            rows = map(json.loads, prompts)
+            rows = [json.loads(str(line)) for line in prompts]
             prompts = [row["messages"] if "messages" in row else row["prompt"] for row in rows]
     else:
         prompts = list(eval_prompts)
@@ -77,7 +90,7 @@ def load_prompts(eval_prompts: Sequence[str], columns: Mapping[str, Sequence[Pro
     return prompts
 
 
-def import_object(key: str, name: str) -> Callable:
+def import_object(key: str, name: str) -> Callable[..., Any]:
     """Import a function or class `package.module:name`, also from the working directory.
 
     Raises:
@@ -114,7 +127,7 @@ def render_prompts(prompts: Sequence[Prompt], settings: RenderSettings) -> list[
     `prompt_template` first.
     """
     system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
-    texts = []
+    texts: list[str] = []
     for prompt in prompts:
         if isinstance(prompt, str):
             prompt = (settings.prompt_template or "{}").replace("{}", prompt)
@@ -124,11 +137,12 @@ def render_prompts(prompts: Sequence[Prompt], settings: RenderSettings) -> list[
             prompt = [{"role": "user", "content": prompt}]
         messages = prompt if prompt[0]["role"] == "system" else system + prompt
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        texts.append(settings.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        text = settings.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        texts.append(cast(str, text))
     return texts
 
 
-def render_settings(trainer: Trainer, script: ScriptArguments) -> RenderSettings:
+def render_settings(trainer: TRLTrainer, script: ScriptArguments) -> RenderSettings:
     """Return how the recipe renders prompts and completions."""
     columns = {"prompt": "prompt", "completion": "completion"}
     given = {key: vars(script)[key] for key in ("prompt_template", "system_prompt", "apply_chat_template")}
@@ -149,21 +163,22 @@ def generate(
     batch_size: int,
     add_special_tokens: bool = True,
     stop_sequences: Sequence[str] = (),
-    **generation_kwargs: Any,
+    **generation_kwargs: Any,  # noqa: ANN401 - what the user gives to generate()
 ) -> list[str]:
     """Return the model's continuation of each text, without special tokens, trimmed at the stop sequences."""
     if stop_sequences:  # they end generate(), which leaves them, and may leave more, in the output
         generation_kwargs |= {"stop_strings": list(stop_sequences), "tokenizer": tokenizer}
     padded = {"return_tensors": "pt", "padding": True, "padding_side": "left", "add_special_tokens": add_special_tokens}
-    outputs = []
+    outputs: list[str] = []
+    generator = cast(GenerationMixin, model)
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(list(texts[start : start + batch_size]), **padded).to(model.device)
-        tokens = model.generate(**batch, pad_token_id=tokenizer.pad_token_id, use_cache=True, **generation_kwargs)
+        tokens = generator.generate(**batch, pad_token_id=tokenizer.pad_token_id, use_cache=True, **generation_kwargs)
         outputs += tokenizer.batch_decode(tokens[:, batch.input_ids.shape[1] :], skip_special_tokens=True)
     return [trim(output, stop_sequences) for output in outputs]
 
 
-def map_over_ranks(accelerator: Accelerator, function: Callable[[list], list], items: Sequence) -> list:
+def map_over_ranks(accelerator: Accelerator, function: Callable[[list[T]], list[R]], items: Sequence[T]) -> list[R]:
     """Return `function(items)` on every rank, each rank computing its share.
 
     All ranks compute equally many items, some of them twice, as the forward passes of a sharded model are collective.
@@ -194,13 +209,13 @@ class GenerationCallback(TrainerCallback):
     of a sweep. Outputs are logged as a table and to `generations.jsonl`. Training is the same with and without them.
     """
 
-    def __init__(self, trainer: Trainer, script: ScriptArguments, prompts: Sequence[Prompt]):
-        args, self.trainer = trainer.args, trainer
+    def __init__(self, trainer: TRLTrainer, script: ScriptArguments, prompts: Sequence[Prompt]):
+        self.args, self.trainer = cast(CausalLMConfig, trainer.args), trainer
         self.texts = render_prompts(prompts, render_settings(trainer, script))
         self.prompts = [p if isinstance(p, str) else text for p, text in zip(prompts, self.texts, strict=True)]
         self.has_special_tokens = bool(script.apply_chat_template) or not isinstance(prompts[0], str)
-        self.metrics: list[Metric] = [import_object("eval_metrics", name) for name in args.eval_metrics]
-        self.generation_kwargs = args.eval_generation_kwargs or {}
+        self.metrics: list[Metric] = [import_object("eval_metrics", name) for name in self.args.eval_metrics]
+        self.generation_kwargs = self.args.eval_generation_kwargs or {}
         self.step: int | None = None
 
     @staticmethod
@@ -213,11 +228,14 @@ class GenerationCallback(TrainerCallback):
         for name in args.eval_metrics:
             import_object("eval_metrics", name)
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Metrics, **kwargs: object
+    ) -> None:
         if state.global_step == self.step:  # of several evaluation sets, the first
             return
         self.step = state.global_step
-        means, rows = {}, []
+        means: Metrics = {}
+        rows: list[dict[str, Any]] = []
         with preserved_random_state(args.seed):
             for swept in sweep(self.generation_kwargs):
                 outputs = map_over_ranks(self.trainer.accelerator, partial(self._generate, swept), self.texts)
@@ -226,7 +244,7 @@ class GenerationCallback(TrainerCallback):
                 suffix = "".join(f"_{key}_{value}" for key, value in swept.items())
                 means |= {f"eval_{name}{suffix}": sum(column) / len(column) for name, column in values.items()}
                 columns = {"step": state.global_step, "prompt": self.prompts, "output": outputs, **swept, **values}
-                rows += pd.DataFrame(columns).to_dict("records")
+                rows += cast(list[dict[str, Any]], pd.DataFrame(columns).to_dict("records"))
         metrics |= means
         if state.is_world_process_zero:
             with optional(f"{TABLE}.jsonl"):
@@ -246,9 +264,11 @@ class GenerationCallback(TrainerCallback):
         return values
 
     def _generate(self, swept: dict[str, Any], texts: list[str]) -> list[str]:
-        trainer, args = self.trainer, self.trainer.args
-        options = {"batch_size": args.per_device_eval_batch_size, "stop_sequences": args.stop_sequences}
+        trainer, args = self.trainer, self.args
+        options: dict[str, Any] = {"batch_size": args.per_device_eval_batch_size, "stop_sequences": args.stop_sequences}
         options |= {"add_special_tokens": not self.has_special_tokens, **self.generation_kwargs, **swept}
-        checkpointing = {"gradient_checkpointing_kwargs": args.activation_checkpointing_kwargs}
-        with unwrap_model_for_generation(trainer.model_wrapped, trainer.accelerator, **checkpointing) as model:
+        checkpointing = cast(dict[str, Any] | None, args.activation_checkpointing_kwargs)
+        with unwrap_model_for_generation(
+            trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
+        ) as model:
             return generate(model, trainer.processing_class, texts, **options)

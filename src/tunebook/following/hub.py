@@ -19,7 +19,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
 from huggingface_hub.utils import filter_repo_objects, get_session
 from pydantic import TypeAdapter, ValidationError
-from transformers import TrainerState
+from transformers import TrainerControl, TrainerState
 
 from ..checkpoints import DamagedError, checksum, optional, step_of
 from ..errors import RecipeError
@@ -263,6 +263,7 @@ class Uploads:
         return [revision for revision in self._queue if revision not in self.refused]
 
     def _work(self) -> None:
+        result: str | Exception
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._unrefused())
@@ -283,8 +284,8 @@ class Uploads:
     def _settle(self, folder: Path, push: Push, result: str | Exception) -> None:
         revision = push.revision
         newest = self._queue.pop(revision)
-        is_pushed, is_newest = isinstance(result, str), newest[0] == folder
-        if is_pushed:
+        is_newest = newest[0] == folder
+        if isinstance(result, str):
             self._failures = 0
             self.failed.pop(revision, None)
             self.pushed[revision] = result
@@ -307,7 +308,7 @@ class Uploads:
                 self.refused.add(revision)
             else:
                 self._failures += 1
-        if not is_newest or not (is_pushed or isinstance(result, DamagedError)):
+        if not is_newest or not isinstance(result, str | DamagedError):
             self._queue[revision] = newest  # after the others
 
 
@@ -348,7 +349,9 @@ class PushToHubRevisionCallback(StagingCallback):
         step = step_of(checkpoint)
         self._submit(checkpoint, step_revision(self.args.hub_revision, step), f"Checkpoint at step {step}")
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         super().on_save(args, state, control)
         if args.hub_push_failure == "raise" and self.uploads.refused:
             raise NotPushedError(self.uploads.report())

@@ -1,13 +1,15 @@
 """Preference pairs by a reward model: the rewards of rows, and accuracy by subset."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import pandas as pd
 import torch
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
 from trl.trainer.utils import pad
 
 from ..data.layouts import Dropped
@@ -15,15 +17,17 @@ from ..data.rendering import Renderer
 from ..data.sources import load_source
 from ..data.tokens import tokenize
 from ..errors import RecipeError
-from ..recipe.configs import RewardConfig, ScriptArguments
+from ..packing.context_parallel import TRLTrainer
+from ..recipe.configs import RewardConfig, RunConfig, ScriptArguments
 from .generations import map_over_ranks, render_settings
-from .scores import ROWS_FILE, BenchmarkRow, write_scored_rows
+from .scores import ROWS_FILE, BenchmarkRow, Metrics, write_scored_rows
 from .trackers import log_at_step
 
-Score = Callable[[list[tuple]], list[float]]  # the rewards of (prompt, completion)
+Item = tuple[object, object]  # prompt and completion, each a text or messages
+Score = Callable[[list[Item]], list[float]]  # their rewards
 
 
-def pair_accuracy(pairs: Sequence[dict], score: Score) -> dict[str, float]:
+def pair_accuracy(pairs: Sequence[dict[str, Any]], score: Score) -> dict[str, float]:
     """Return the share of preference pairs whose chosen side gets the higher reward; a tie is wrong, as in RewardBench.
 
     Args:
@@ -35,10 +39,11 @@ def pair_accuracy(pairs: Sequence[dict], score: Score) -> dict[str, float]:
     rewards = score([(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs])
     wins = pd.Series(rewards[: len(pairs)]) > pd.Series(rewards[len(pairs) :])
     names = pd.Series([f"accuracy_{pair['subset']}" if "subset" in pair else None for pair in pairs], dtype=object)
-    return {"accuracy": float(wins.mean())} | wins.groupby(names, sort=False).mean().to_dict()
+    by_subset = wins.groupby(names, sort=False).mean()
+    return {"accuracy": float(wins.mean()), **{str(name): float(share) for name, share in by_subset.items()}}
 
 
-def read_pairs(paths: Sequence[str]) -> dict[str, list[dict]]:
+def read_pairs(paths: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
     """Read files of pairs in RewardBench's columns; return the name of each -> its rows.
 
     Raises:
@@ -57,9 +62,9 @@ class PairAccuracyCallback(TrainerCallback):
     Pairs are rendered like the training rows, and split across ranks.
     """
 
-    def __init__(self, trainer: Trainer, script: ScriptArguments):
-        self.trainer, self.benchmarks = trainer, read_pairs(trainer.args.pair_benchmarks)
-        self.score = partial(score_completions, trainer, Renderer(render_settings(trainer, script)))
+    def __init__(self, trainer: TRLTrainer, script: ScriptArguments):
+        self.trainer, self.benchmarks = trainer, read_pairs(cast(RewardConfig, trainer.args).pair_benchmarks)
+        self.score: Score = partial(score_completions, trainer, Renderer(render_settings(trainer, script)))
         if trainer.args.context_parallel_size == 1:  # ranks that share a packed row need the same items
             self.score = partial(map_over_ranks, trainer.accelerator, self.score)
         self.step: int | None = None
@@ -69,7 +74,9 @@ class PairAccuracyCallback(TrainerCallback):
         """Raise a RecipeError for a file that cannot be read or has no pairs."""
         read_pairs(args.pair_benchmarks)
 
-    def on_evaluate(self, args, state, control, metrics, **kwargs):
+    def on_evaluate(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Metrics, **kwargs: object
+    ) -> None:
         if state.global_step == self.step:  # of several evaluation sets, the first
             return
         self.step = state.global_step
@@ -83,7 +90,7 @@ class PairAccuracyCallback(TrainerCallback):
                 log_at_step(self.trainer, row.tracker_scores(), self.step)
 
 
-def score_completions(trainer: Trainer, renderer: Renderer, items: list[tuple]) -> list[float]:
+def score_completions(trainer: TRLTrainer, renderer: Renderer, items: list[Item]) -> list[float]:
     rows = [{"prompt": prompt, "completion": completion} for prompt, completion in items]
     was_training = trainer.model.training
     ids = render_ids(rows, renderer, "benchmark")
@@ -93,7 +100,7 @@ def score_completions(trainer: Trainer, renderer: Renderer, items: list[tuple]) 
 
 
 @torch.inference_mode()
-def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
+def score_ids(model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
     """Return the reward of each row of token ids, read at its last token. Rows of like length share a batch."""
     pad_id, device = model.config.get_text_config().pad_token_id, model.device
     rewards = [0.0] * len(rows)
@@ -112,7 +119,7 @@ def score_ids(model: PreTrainedModel, rows: Sequence[Sequence[int]], batch_size:
     return rewards
 
 
-def render_ids(rows: Sequence[dict], renderer: Renderer, name: str) -> list[list[int]]:
+def render_ids(rows: Iterable[dict[str, Any]], renderer: Renderer, name: str) -> list[list[int]]:
     """Return the token ids of rows.
 
     Raises:

@@ -21,7 +21,7 @@ from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..checkpoints import list_checkpoints
+from ..checkpoints import Record, list_checkpoints
 from ..errors import RecipeError
 from ..files import ROW, read_rows, read_yaml, write_yaml
 from .generations import GENERATION, TABLE
@@ -45,7 +45,7 @@ class RunFolder:
     """A run's folder, read: its record, the trainer's state, and the rows that it wrote, empty where there are none."""
 
     name: str
-    record: dict[str, Any]
+    record: Record
     state: dict[str, Any]
     benchmarks: list[BenchmarkRow]
     generations: list[dict[str, Any]]
@@ -89,6 +89,7 @@ def read_json(path: Path) -> dict[str, Any] | None:
     """Read a JSON file; None where there is none, or it is damaged."""
     with suppress(FileNotFoundError, ValueError):
         return ROW.validate_json(path.read_bytes())
+    return None
 
 
 def read_rewards(path: Path) -> pd.DataFrame:
@@ -127,7 +128,7 @@ def draw_figures(runs: Sequence[RunFolder]) -> dict[str, Figure]:
         if len(run.rewards):
             suffix, title = (f"_{run.name}", f", {run.name}") if several else ("", "")
             figures[f"rewards{suffix}"] = figure = new_figure(f"Rewards of the last evaluation{title}", "pairs")
-            figure.axes[0].hist(run.rewards, bins=30, label=list(run.rewards))
+            figure.axes[0].hist(run.rewards, bins=30, label=[str(column) for column in run.rewards])
     figures = {file.replace("/", "_"): figure for file, figure in figures.items() if figure.axes[0].has_data()}
     for figure in figures.values():
         if several or len(figure.axes[0].get_legend_handles_labels()[0]) > 1:
@@ -147,13 +148,13 @@ def new_figure(title: str, ylabel: str, last_step: int | None = None) -> Figure:
     return figure
 
 
-def plot(figure: Figure, values: pd.Series, color: int, label: str, marker: str = "", **style: Any) -> None:
+def plot(figure: Figure, values: pd.Series, color: int, label: str, marker: str = "", **style: object) -> None:
     if len(values):
         marker = marker or ("o" if len(values) == 1 else "")
-        figure.axes[0].errorbar(values.index, values, color=f"C{color}", label=label, marker=marker, **style)
+        figure.axes[0].errorbar(values.index, values, color=f"C{color}", label=label, marker=marker, **style)  # type: ignore[arg-type]
 
 
-def list_facts(run: RunFolder) -> dict[str, str]:
+def list_facts(run: RunFolder) -> dict[str, str | None]:
     record, state = run.record, run.state
     speeds, seconds = run.series("tokens_per_second"), [*run.series("train_runtime")]
     return {
@@ -167,10 +168,10 @@ def list_facts(run: RunFolder) -> dict[str, str]:
     }
 
 
-def list_origins(run: RunFolder) -> dict[str, str]:
+def list_origins(run: RunFolder) -> dict[str, object]:
     record = run.record
     rows = {f"Rows, {split}": text for split, text in record["rows"].items()}
-    return rows | {"Fingerprint of the tokens": record["data"], "Seed": record["seed"]} | record["versions"]
+    return {**rows, "Fingerprint of the tokens": record["data"], "Seed": record["seed"], **record["versions"]}
 
 
 def list_results(run: RunFolder) -> dict[str, str]:
@@ -207,7 +208,9 @@ def pair_generations(run: RunFolder) -> list[tuple[str, ...]]:
     return [header, *((prompt, outputs[first].get(prompt, ""), output) for prompt, output in outputs[last].items())]
 
 
-def compare(names: Sequence[str], columns: Iterable[Mapping[str, Any]], missing: str = "") -> list[tuple[Any, ...]]:
+def compare(
+    names: Sequence[str], columns: Iterable[Mapping[str, object]], missing: str = ""
+) -> list[tuple[object, ...]]:
     """Return a table, its header first, with a row for each key of any column."""
     columns = list(columns)
     keys = {key: None for column in columns for key in column}

@@ -15,7 +15,8 @@ ROWS_FILE = "benchmarks.jsonl"
 REWARDS_FILE = "eval_rewards.csv"  # chosen and rejected reward of each pair in a reward model's last evaluation
 CARD_HEADING = "## Benchmarks"
 
-Scores = dict[str, dict[str, float]]  # {task: {metric: value}}
+Metrics = dict[str, float]
+Scores = dict[str, Metrics]  # {task: {metric: value}}
 
 
 @dataclass
@@ -89,18 +90,17 @@ def add_scores_to_card(card_path: Path, rows: Sequence[BenchmarkRow], model_name
     of the card is kept.
     """
     card = ModelCard(card_path.read_text() if card_path.exists() else "---\n---\n")
-    rows = [row for row in rows if row.step is not None]
-    columns = sorted(flatten(row.scores for row in rows))
+    columns = sorted(flatten(row.scores for row in rows if row.step is not None))
     lines = []
-    for at in sorted({row.step for row in rows}):
+    for at in sorted({row.step for row in rows if row.step is not None}):
         scores = flatten(row.scores for row in rows if row.step == at)
         lines.append([at, *(f"{scores[column]:.4f}" if column in scores else "" for column in columns)])
     section = markdown_table(["step", *(f"{task} {metric}" for task, metric in columns)], lines)
     before, _, after = card.text.partition(f"{CARD_HEADING}\n")
     _, heading, rest = after.partition("\n## ")
     card.text = f"{before.rstrip()}\n\n{CARD_HEADING}\n\n{section}\n{heading}{rest}"
-    card.data.model_name = model_name
-    card.data.eval_results = [
+    card.data["model_name"] = model_name
+    card.data["eval_results"] = [
         EvalResult("text-generation", dataset_type=task, dataset_name=task, metric_type=metric, metric_value=value)
         for (task, metric), value in sorted(flatten(row.scores for row in rows if row.step == step).items())
     ]

@@ -10,11 +10,12 @@ import shutil
 from abc import abstractmethod
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerState
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..checkpoints import checksum, list_checkpoints, optional, read_manifest, step_of
 from ..errors import RecipeError
 from ..files import whole_folder
+from ..recipe.configs import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ MODEL_FILES = [
 def model_checksums(source: Path) -> dict[str, str]:
     """Return name -> checksum of the model files of a folder: those of its manifest, computed where it has none."""
     names = {str(path.relative_to(source)) for pattern in MODEL_FILES for path in source.glob(pattern)}
-    known = (read_manifest(source) or {}).get("checksums", {})
+    manifest = read_manifest(source)
+    known = manifest["checksums"] if manifest else {}
     return {name: known.get(name) or checksum(source / name) for name in sorted(names)}
 
 
@@ -76,10 +78,14 @@ class StagingCallback(TrainerCallback):
     @abstractmethod
     def stage(self, checkpoint: Path) -> None: ...
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.settle(Path(args.output_dir), state)
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.settle(Path(args.output_dir), state)
 
     def settle(self, output_dir: Path, state: TrainerState) -> None:

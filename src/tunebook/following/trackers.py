@@ -4,13 +4,15 @@ import copy
 import importlib
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from functools import cache
 
 import pandas as pd
-from transformers import Trainer, TrainerControl
+from transformers import TrainerControl
 from transformers.integrations import TensorBoardCallback
 
 from ..files import markdown_table
+from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import RunConfig
 
 logger = logging.getLogger(__name__)
@@ -33,7 +35,7 @@ def set_wandb_environment(args: RunConfig) -> None:
     os.environ |= {key.upper(): value for key, value in settings.items()}
 
 
-def log_at_step(trainer: Trainer, logs: dict[str, float], step: int) -> None:
+def log_at_step(trainer: TRLTrainer, logs: dict[str, float], step: int) -> None:
     """Log to the trackers and the history at a step that may have passed. Call it on the main process alone."""
     state = copy.copy(trainer.state)
     state.global_step = step
@@ -42,7 +44,7 @@ def log_at_step(trainer: Trainer, logs: dict[str, float], step: int) -> None:
     trainer.callback_handler.on_log(trainer.args, state, TrainerControl(), dict(logs))
 
 
-def log_table(trainer: Trainer, name: str, rows: list[dict]) -> None:
+def log_table(trainer: TRLTrainer, name: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Send rows as a table to the trackers that have tables: wandb, trackio, tensorboard (as Markdown)."""
     table, step = pd.DataFrame(rows), trainer.state.global_step
     for tracker in trainer.args.report_to:
@@ -52,6 +54,6 @@ def log_table(trainer: Trainer, name: str, rows: list[dict]) -> None:
         elif tracker == "tensorboard":
             callbacks = trainer.callback_handler.callbacks
             writer = next(callback.tb_writer for callback in callbacks if isinstance(callback, TensorBoardCallback))
-            writer.add_text(name, markdown_table(table.columns, table.values.tolist()), step)
+            writer.add_text(name, markdown_table(list(table.columns), table.values.tolist()), step)
         else:
             warn_once("The table of %s is not sent to %s.", name, tracker)

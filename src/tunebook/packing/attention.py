@@ -6,10 +6,11 @@ keys being another document's (`key_index`); it is causal from the lower right c
 """
 
 from functools import lru_cache, partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.hooks import RemovableHandle
 from transformers import AttentionInterface, PreTrainedModel
@@ -20,26 +21,29 @@ from transformers.utils import is_flash_attn_2_available
 from .context_parallel import ContextGroup
 
 NAME = "varlen"
+Scale = float | None
+Lengths = tuple[Tensor, Tensor, int, int]  # of the documents, as flash-attn takes them
+Arguments = tuple[tuple[object, ...], dict[str, object]]  # of a forward
 
 
 def varlen_attention(
     module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    cu_seq_lens_k: torch.Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
-    key_index: torch.Tensor | None = None,
+    key_index: Tensor | None = None,
     context: ContextGroup | None = None,
-    **kwargs,
-) -> tuple[torch.Tensor, None]:
+    **kwargs: object,
+) -> tuple[Tensor, None]:
     """Attend from each document of a packed row to itself, causally; like transformers' `sdpa` where no documents are
     given (generation, padded batches).
 
@@ -58,9 +62,8 @@ def varlen_attention(
     """
     if cu_seq_lens_q is None:
         if softcap is None:
-            return sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            )
+            given = (module, query, key, value, attention_mask, dropout, scaling)
+            return sdpa_attention_forward(*given, **kwargs)  # type: ignore[arg-type]
         if attention_mask is None and (length := query.shape[2]) > 1:  # what sdpa calls is_causal
             key, value = key[:, :, :length], value[:, :, :length]
             attention_mask = _causal_mask(length, length, None, query.dtype, query.device) == 0
@@ -70,6 +73,7 @@ def varlen_attention(
         # Rotary embeddings leave float32 under autocast, which no flash kernel takes
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
 
+    assert cu_seq_lens_k is not None and max_length_q is not None and max_length_k is not None
     lengths = (cu_seq_lens_q, cu_seq_lens_k, max_length_q, max_length_k)
     half = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     flash = half and (softcap is None or is_flash_attn_2_available())
@@ -87,20 +91,25 @@ def varlen_attention(
     return attend(query, key, value), None
 
 
-def _flash_attention(query, key, value, lengths, scaling, window, softcap):
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    window = (-1 if window is None else window - 1, 0)
+def _flash_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scaling: Scale, window: int | None, softcap: Scale
+) -> Tensor:
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    sides = (-1 if window is None else window - 1, 0)
     if is_flash_attn_2_available():
         from flash_attn import flash_attn_varlen_func
 
         cap = 0.0 if softcap is None else softcap
         return flash_attn_varlen_func(
-            *rows, *lengths, softmax_scale=scaling, causal=True, window_size=window, softcap=cap
+            query, key, value, *lengths, softmax_scale=scaling, causal=True, window_size=sides, softcap=cap
         )[None]
-    return varlen_attn(*rows, *lengths, scale=scaling, window_size=window, enable_gqa=True)[None]
+    output = varlen_attn(query, key, value, *lengths, scale=scaling, window_size=sides, enable_gqa=True)
+    return cast(Tensor, output)[None]
 
 
-def _document_attention(query, key, value, lengths, scaling, window, softcap):
+def _document_attention(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scaling: Scale, window: int | None, softcap: Scale
+) -> Tensor:
     q_lengths, k_lengths = (starts.diff().tolist() for starts in lengths[:2])
     outputs = []
     # split, as the backward of a slice writes a whole row
@@ -113,14 +122,15 @@ def _document_attention(query, key, value, lengths, scaling, window, softcap):
                 *document, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
             )
         else:
-            output = _softcap_attention(*document, mask == 0, scaling, softcap)
+            seen = None if mask is None else mask == 0
+            output = _softcap_attention(*document, seen, scaling, softcap)
         outputs.append(output)
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 
 @lru_cache(maxsize=4)  # the few pieces of a long row are the same in all heads and layers, and each keeps its mask
 @torch.inference_mode(mode=False)  # one that scoring made serves training
-def _causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def _causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """(queries, keys), 0 where a query sees a key, else -inf; the last query is aligned with the last key."""
     seen = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if window is not None:
@@ -128,7 +138,10 @@ def _causal_mask(queries: int, keys: int, window: int | None, dtype: torch.dtype
     return torch.zeros(queries, keys, dtype=dtype, device=device).masked_fill_(~seen, -torch.inf)
 
 
-def _softcap_attention(query, key, value, mask, scaling, softcap):
+def _softcap_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: Scale, softcap: float
+) -> Tensor:
+    assert scaling is not None
     groups = query.shape[1] // key.shape[1]
     scores = query @ repeat_kv(key, groups).transpose(2, 3) * scaling
     scores = softcap * torch.tanh(scores / softcap)
@@ -177,7 +190,7 @@ def _find_obstacle(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _drop_mask(backbone: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+def _drop_mask(backbone: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> Arguments:
     # PATCH(transformers<5.25): without a mask transformers builds one of tokens x tokens from a packed row's positions,
     # and it takes a 4-D mask as it is. Waits for transformers/masking_utils.py:735. Delete when an attention function
     # can ask for none.

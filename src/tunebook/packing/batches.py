@@ -1,5 +1,6 @@
 """Batches of preference pairs with an even number of packed tokens."""
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,7 +9,7 @@ import pyarrow.compute as pc
 from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
-from ..recipe.configs import PreferenceConfig
+from ..recipe.configs import DPOConfig, RewardConfig
 
 WINDOW = 16  # optimizer steps whose batches are balanced with one another
 
@@ -40,7 +41,7 @@ def pair_lengths(dataset: Dataset, max_length: int | None = None) -> tuple[np.nd
     return np.concatenate(tokens), np.concatenate(saved)
 
 
-def decides_sharing(args: PreferenceConfig, saves: float) -> bool:
+def decides_sharing(args: RewardConfig | DPOConfig, saves: float) -> bool:
     """Return whether the prefix is shared: as `share_prefix` says; where it is unset, if sharing `saves` at least 5% of
     the tokens and no dropout would be shared with it."""
     return bool(saves >= 0.05 and args.disable_dropout) if args.share_prefix is None else args.share_prefix
@@ -73,7 +74,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
         ValueError: a row is longer than max_tokens.
     """
 
-    lengths: np.ndarray  # (rows,) packed tokens of each row or pair
+    lengths: np.ndarray  # type: ignore[assignment] # (rows,) packed tokens of each row or pair
     rows_per_batch: int | None = None
     max_tokens: int | None = None  # the most packed tokens in a batch, in place of rows_per_batch
     gradient_accumulation_steps: int = 1  # batches that a rank has in an optimizer step
@@ -84,7 +85,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
     epoch: int = field(default=0, init=False)  # BatchRebalanceSampler.set_epoch
     filled: list[np.ndarray] | None = field(default=None, init=False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.max_tokens is None:
             return
         if (longest := self.lengths.max()) > self.max_tokens:
@@ -92,26 +93,28 @@ class TokenBatchSampler(BatchRebalanceSampler):
                 f"max_tokens_per_batch is {self.max_tokens}, but the longest row has {longest} packed tokens. "
                 f"Set it to {longest} or more, or lower max_length."
             )
-        self.filled = self._fill(np.random.default_rng(self.seed))
+        self.filled = self._fill(np.random.default_rng(self.seed), self.max_tokens)
 
     def __len__(self) -> int:
         if self.filled is not None:
             return len(self.filled)
+        assert self.rows_per_batch is not None
         rows = self.rows_per_batch * self.world_size
         return len(self.lengths) // rows if self.drop_last else -(-len(self.lengths) // rows)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[int]]:
         generator = np.random.default_rng((self.seed, self.epoch))
         if self.filled is None:
-            batches = self._balance(generator)
+            batches: Iterable[np.ndarray] = self._balance(generator)
         else:
             batches = (self.filled[i] for i in generator.permutation(len(self.filled)))
         for of_ranks in batches:
             yield of_ranks[self.rank].tolist()
 
-    def _balance(self, generator: np.random.Generator):
+    def _balance(self, generator: np.random.Generator) -> Iterator[np.ndarray]:
         """Yield the batches of all ranks, (world_size, rows) each."""
         order = generator.permutation(len(self.lengths))
+        assert self.rows_per_batch is not None
         rows_of_ranks = self.rows_per_batch * self.world_size
         rows_of_step = rows_of_ranks * self.gradient_accumulation_steps
         rows_of_window = WINDOW * rows_of_step
@@ -126,7 +129,7 @@ class TokenBatchSampler(BatchRebalanceSampler):
                     completed = np.append(step[whole:], np.resize(order, -rest % self.world_size))
                     yield self._deal(completed, self.world_size)
 
-    def _fill(self, generator: np.random.Generator) -> list[np.ndarray]:
+    def _fill(self, generator: np.random.Generator, max_tokens: int) -> list[np.ndarray]:
         """Return the batches of all ranks, (world_size, rows) each, none with more than max_tokens."""
         order = generator.permutation(len(self.lengths))
         if rest := len(order) % self.world_size:
@@ -135,10 +138,10 @@ class TokenBatchSampler(BatchRebalanceSampler):
         filled, start = [], 0
         while start < len(order):
             before = total[start] - self.lengths[order[start]]
-            end = np.searchsorted(total, before + self.max_tokens * self.world_size, side="right")
+            end = np.searchsorted(total, before + max_tokens * self.world_size, side="right")
             for rows in range((end - start) // self.world_size, 0, -1):
                 batches = self._deal(order[start : start + rows * self.world_size], self.world_size)
-                if self.lengths[batches].sum(axis=1).max() <= self.max_tokens:
+                if self.lengths[batches].sum(axis=1).max() <= max_tokens:
                     break
             filled.append(batches)
             start += batches.size

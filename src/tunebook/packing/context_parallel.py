@@ -8,10 +8,10 @@ The backward of both exchanges sums the gradients of the group's ranks, each of 
 gradient, averaged over all ranks as in DDP, ZeRO and FSDP, is then its gradient averaged over the groups.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,29 @@ from torch.distributed import ProcessGroup
 from torch.distributed import _functional_collectives as collectives
 from torch.distributed.device_mesh import init_device_mesh
 from torch.utils.checkpoint import checkpoint
+
+from ..recipe.configs import RunConfig
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from trl.trainer.base_trainer import _BaseTrainer
+
+    class TRLTrainer(_BaseTrainer):
+        """What a mixin before one of TRL's trainers can rely on."""
+
+        args: RunConfig
+        model: PreTrainedModel | PeftModel
+        train_dataset: Dataset
+        eval_dataset: Dataset
+        processing_class: PreTrainedTokenizerBase
+        _total_train_tokens: int
+else:
+    TRLTrainer = object  # so that the mixin's methods come before those of any trainer
+
+
+Batch = dict[str, Any]  # the arguments of a forward: tensors, lengths, flags
 
 
 @dataclass(frozen=True)
@@ -37,7 +60,7 @@ class ContextGroup:
     group: ProcessGroup
     head_stride: int | None = None
 
-    def split(self, row: Mapping[str, Any]) -> tuple[dict[str, Any], torch.Tensor]:
+    def split(self, row: Batch) -> tuple[Batch, torch.Tensor]:
         """Return this rank's part of a packed row.
 
         Args:
@@ -84,9 +107,7 @@ class ContextGroup:
         }
         return part, place[:tokens]
 
-    def take_share(
-        self, row: Mapping[str, Any], positions: torch.Tensor
-    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor]:
+    def take_share(self, row: Batch, positions: torch.Tensor) -> tuple[Batch, torch.Tensor, torch.Tensor]:
         """Return this rank's part of a packed row, as the backbone's arguments; its part of the tokens at `positions`,
         (N,), as positions in it; and which of them these are, (N,)."""
         part, place = self.split(row)
@@ -110,11 +131,11 @@ class ContextGroup:
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
-        key_index: torch.Tensor,
+        key_index: torch.Tensor | None,
     ) -> torch.Tensor:
         """Return what `attend` gives for the keys and values of all ranks; shapes as in `varlen_attention`."""
 
-        def attend_to_all(query, *own) -> torch.Tensor:
+        def attend_to_all(query: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
             key, value = (self.gather(x[0].transpose(0, 1))[key_index].transpose(0, 1)[None] for x in own)
             return attend(query, key, value)
 
@@ -137,7 +158,7 @@ def build_context_group(accelerator: Accelerator, size: int, head_stride: int | 
     mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("dp_replicate", "tp"))
     gather = accelerator.gather
 
-    def gather_batches(data):
+    def gather_batches(data: object) -> object:
         return recursively_apply(lambda x: x.unflatten(0, (*shape, -1))[:, 0].flatten(0, 1), gather(data))
 
     accelerator._prepare_device_mesh = lambda: mesh
@@ -145,7 +166,7 @@ def build_context_group(accelerator: Accelerator, size: int, head_stride: int | 
     return ContextGroup(mesh["tp"].get_group(), head_stride)
 
 
-class ContextParallelMixin:
+class ContextParallelMixin(TRLTrainer):
     """Mixin before a TRL trainer: `context_parallel_size` ranks share each batch."""
 
     context: ContextGroup | None = None
@@ -161,9 +182,9 @@ class ContextParallelMixin:
         """Return how many ranks have the same batch, which transformers asks by this name."""
         return super().get_tp_size() * self.args.context_parallel_size
 
-    def _get_num_items_in_batch(self, *args):
+    def _get_num_items_in_batch(self, *args: object) -> torch.Tensor | int | None:
         # PATCH(transformers<5.25): the Trainer gathers the number from all ranks and divides it by `get_tp_size()`, but
         # here it is gathered once per group. Waits for transformers/trainer.py:2306. Delete when ranks that share a
         # batch are counted once.
-        items = super()._get_num_items_in_batch(*args)
+        items = super()._get_num_items_in_batch(*args)  # type: ignore[arg-type]
         return items if items is None else items * self.args.context_parallel_size

@@ -20,27 +20,26 @@ import functools
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import is_peft_model
+from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
+from transformers.utils import ModelOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import set_varlen_attention
-from .context_parallel import ContextGroup
+from .context_parallel import Batch, ContextGroup
 from .log_probs import head_for
 
 PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
-def pack_rows(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor, share_prefix: bool
-) -> tuple[dict[str, torch.Tensor | int | None], torch.Tensor]:
+def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, share_prefix: bool) -> tuple[Batch, torch.Tensor]:
     """Lay the rows of a padded batch, left or right padded, one after the other in a single row.
 
     With `share_prefix`, rows i and i + B/2 share the tokens that they start with: of the second row only what follows
@@ -90,9 +89,7 @@ class Layout:
     share_prefix: bool
     context: ContextGroup | None
 
-    def lay_out(
-        self, batch: dict[str, Any], scored: torch.Tensor
-    ) -> tuple[dict[str, Any], torch.Tensor, torch.Tensor | slice]:
+    def lay_out(self, batch: Batch, scored: torch.Tensor) -> tuple[Batch, torch.Tensor, torch.Tensor | slice]:
         """Return the backbone's arguments on this rank, the places of the scored tokens in them, and which of the
         scored tokens these are.
 
@@ -100,7 +97,8 @@ class Layout:
             batch: TRL's; a row that its collator has packed (`cu_seq_lens_q`) is left as it is.
             scored: (N,), places in the flattened batch.
         """
-        row, positions, mine = batch, scored, slice(None)
+        row, positions = batch, scored
+        mine: torch.Tensor | slice = slice(None)
         if self.packing and "cu_seq_lens_q" not in batch:
             packed, source = pack_rows(batch["input_ids"], batch["attention_mask"], self.share_prefix)
             row, positions = {**batch, "attention_mask": None, **packed}, source.flatten()[scored]
@@ -110,7 +108,7 @@ class Layout:
 
     def combine(self, x: torch.Tensor, mine: torch.Tensor | slice) -> torch.Tensor:
         """Return the results of all scored tokens, (N, ...), from this rank's."""
-        return x if self.context is None else self.context.combine(x, mine)
+        return x if self.context is None or isinstance(mine, slice) else self.context.combine(x, mine)
 
 
 def pack_causal_lm(
@@ -129,13 +127,19 @@ def pack_causal_lm(
     Raises:
         ValueError: the model or the settings do not allow it.
     """
-    causal_lm, layout = _unwrap(model), Layout(packing, share_prefix, context)
+    causal_lm, layout = without_adapter(model), Layout(packing, share_prefix, context)
     if packing:
         _check_packing(model, layout)
     fused_forward = causal_lm.forward
 
-    def forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
-        if not fused_lm_head or "shift_labels" in kwargs:
+    def forward(
+        self: PreTrainedModel,
+        *args: object,
+        fused_lm_head: bool = False,
+        labels: torch.Tensor | None = None,
+        **kwargs: object,
+    ) -> ModelOutput:
+        if not fused_lm_head or labels is None or "shift_labels" in kwargs:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         return _score_labels(functools.partial(fused_forward, *args, fused_lm_head=True), layout, labels, kwargs)
 
@@ -143,7 +147,7 @@ def pack_causal_lm(
 
 
 def _score_labels(
-    fused_forward: Callable[..., FusedCausalLMOutput], layout: Layout, labels: torch.Tensor, batch: dict[str, Any]
+    fused_forward: Callable[..., FusedCausalLMOutput], layout: Layout, labels: torch.Tensor, batch: Batch
 ) -> FusedCausalLMOutput:
     label_mask = labels[:, 1:] != -100
     scored = F.pad(label_mask, (0, 1)).flatten().nonzero()[:, 0]
@@ -151,7 +155,7 @@ def _score_labels(
     targets = labels.flatten()[scored + 1][mine]
     with head_for(labels.device):
         output = fused_forward(shift_labels=targets[None], positions=positions, **row)
-    label_mask = label_mask.to(output.log_probs.device)
+    label_mask = label_mask.to(output["log_probs"].device)
     fields = {name: layout.combine(output[name][0], mine) for name in PER_TOKEN_FIELDS if name in output}
     # masked_scatter keeps a batch without labels connected to the model, as TRL does
     fields = {name: x.new_zeros(label_mask.shape).masked_scatter(label_mask, x) for name, x in fields.items()}
@@ -178,7 +182,7 @@ def pack_reward_model(
     Raises:
         ValueError: the model or the settings do not allow it.
     """
-    classifier, layout = _unwrap(model), Layout(packing, share_prefix, context)
+    classifier, layout = without_adapter(model), Layout(packing, share_prefix, context)
     heads = [name for name, module in classifier.named_children() if module is not classifier.base_model]
     if len(heads) != 1:
         raise ValueError(
@@ -188,7 +192,9 @@ def pack_reward_model(
     if packing:
         _check_packing(model, layout)
 
-    def forward(self, input_ids, attention_mask=None, **kwargs):
+    def forward(
+        self: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
+    ) -> RewardOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         last = (mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
         scored = last + input_ids.shape[1] * torch.arange(len(last), device=last.device)
@@ -198,23 +204,25 @@ def pack_reward_model(
         aux_loss = None
         if kwargs.get("output_router_logits"):
             experts, per_token = self.config.num_experts, self.config.num_experts_per_tok
-            aux_loss = load_balancing_loss_func(outputs.router_logits, experts, per_token, row["attention_mask"])
+            mask = row["attention_mask"]
+            aux_loss = cast(torch.Tensor, load_balancing_loss_func(outputs.router_logits, experts, per_token, mask))
         # The head is looked up on each call: PEFT and FSDP replace it
         return RewardOutput(logits=self.get_submodule(heads[0])(hidden), aux_loss=aux_loss)
 
     _replace_forward(classifier, forward, packing)
 
 
-def _unwrap(model: nn.Module) -> PreTrainedModel:
-    return model.get_base_model() if is_peft_model(model) else model
+def without_adapter(model: nn.Module) -> PreTrainedModel:
+    """Return a model, or the one that a PEFT model is around."""
+    return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def _replace_forward(model: PreTrainedModel, forward: Callable, packing: bool) -> None:
+def _replace_forward(model: PreTrainedModel, forward: Callable[..., ModelOutput], packing: bool) -> None:
     """Give `model` a forward, and its backbone the hooks that this relies on in place of those of an earlier call."""
     for handle in vars(model).pop("packing_hooks", ()):
         handle.remove()
     hooks = [set_varlen_attention(model)] if packing else []
-    model.packing_hooks = [*hooks, model.base_model.register_forward_hook(_select_positions, with_kwargs=True)]
+    vars(model)["packing_hooks"] = [*hooks, model.base_model.register_forward_hook(_select_positions, with_kwargs=True)]
     # PATCH(trl<1.17): TRL's DPO and reward trainers cannot pack, and its SFT packs on flash-attn only. Waits for
     # https://github.com/huggingface/trl/issues/2469. Delete when all three pack on every attention.
     # It is a bound method, since accelerate wraps these, with the signature by which generate() checks its arguments
@@ -222,17 +230,17 @@ def _replace_forward(model: PreTrainedModel, forward: Callable, packing: bool) -
 
 
 def _check_packing(model: nn.Module, layout: Layout) -> None:
-    if is_peft_model(model) and model.active_peft_config.is_prompt_learning:
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError(
             f"packing: {type(model.active_peft_config).__name__} puts virtual tokens before each row of a batch, and "
             "packing makes one row of them. Set packing: false."
         )
-    rope = _unwrap(model).config.to_dict().get("rope_parameters") or {}  # of the model, or by type of layer
+    rope = without_adapter(model).config.to_dict().get("rope_parameters") or {}  # of the model, or by type of layer
     rope_types = {x.get("rope_type") for x in (rope, *rope.values()) if isinstance(x, dict)}
     if layout.context is not None and rope_types & {"dynamic", "longrope"}:
         raise ValueError(
-            f"context_parallel_size: {type(_unwrap(model)).__name__} has rotary embeddings that depend on the longest "
-            "document (dynamic, longrope), of which a process sees a part. Set context_parallel_size: 1."
+            f"context_parallel_size: {type(without_adapter(model)).__name__} has rotary embeddings that depend on the "
+            "longest document (dynamic, longrope), of which a process sees a part. Set context_parallel_size: 1."
         )
     for name, module in model.named_modules():
         if layout.share_prefix and isinstance(module, nn.Dropout) and module.p:
@@ -242,13 +250,15 @@ def _check_packing(model: nn.Module, layout: Layout) -> None:
             )
 
 
-def _select_positions(backbone: nn.Module, args: tuple, kwargs: dict, outputs):
+def _select_positions(
+    backbone: nn.Module, args: tuple[object, ...], kwargs: Batch, outputs: ModelOutput
+) -> ModelOutput:
     if "positions" in kwargs:
-        hidden = outputs.last_hidden_state
-        outputs.last_hidden_state = hidden.flatten(0, 1)[kwargs["positions"].to(hidden.device)][None]
+        hidden = outputs["last_hidden_state"]
+        outputs["last_hidden_state"] = hidden.flatten(0, 1)[kwargs["positions"].to(hidden.device)][None]
         counted = kwargs.get("counted", kwargs.get("key_index"))
         if counted is not None and "router_logits" in outputs:
             gather = kwargs["context"].gather if "context" in kwargs else nn.Identity()
             # A shared token counts for both of its documents in the load-balancing loss
-            outputs.router_logits = tuple(gather(logits)[counted] for logits in outputs.router_logits)
+            outputs["router_logits"] = tuple(gather(logits)[counted] for logits in outputs["router_logits"])
     return outputs

@@ -5,8 +5,14 @@ from contextlib import contextmanager
 
 import torch
 import trl.trainer.utils
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import maybe_gather_lm_head_ctx
+
+Options = tuple[float, int, float | None, float, tuple[str, ...]]  # temperature, chunk size, softcap, scale, outputs
+# Of each token: the fields of `FusedCausalLMOutput` in their order, None for one that is not asked for
+PerToken = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
 
 
 @contextmanager
@@ -14,22 +20,30 @@ def head_for(device: torch.device) -> Iterator[None]:
     """Let `add_fused_lm_head` compute with [`LogProbs`] inside, if `device` is a CPU."""
     # PATCH(trl<1.17): on a CPU, TRL's function makes a dozen passes over the logits and computes them twice, and
     # add_fused_lm_head has no argument for another. Waits for trl/trainer/utils.py:1644. Delete when either changes.
-    trl.trainer.utils._ChunkedLogProbFunction = LogProbs if device.type == "cpu" else ChunkedLogProbFunction
+    function = LogProbs if device.type == "cpu" else ChunkedLogProbFunction
+    trl.trainer.utils._ChunkedLogProbFunction = function  # type: ignore[misc, assignment]
     try:
         yield
     finally:
-        trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction
+        trl.trainer.utils._ChunkedLogProbFunction = ChunkedLogProbFunction  # type: ignore[misc]
+
+
+class Context(FunctionCtx):
+    """Of a function's forward and backward, with what torch leaves untyped."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
 
 
 class LogProbs:
     """Takes the arguments of TRL's `ChunkedLogProbFunction`, which computes what the other class here cannot."""
 
     @staticmethod
-    def apply(*arguments):
-        hidden, weight, bias, targets, temperature, _, softcap, logit_scale, outputs = arguments
+    def apply(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, *options: *Options) -> PerToken:
+        temperature, _, softcap, logit_scale, outputs = options
         half = torch.is_autocast_enabled("cpu") or not hidden.dtype == torch.float32 == weight.dtype
         if half or bias is not None or softcap:
-            return ChunkedLogProbFunction.apply(*arguments)
+            return ChunkedLogProbFunction.apply(hidden, weight, bias, targets, *options)
         # needs_input_grad is true of a parameter under no_grad, too, and the logits would be kept for nothing
         weight = weight if torch.is_grad_enabled() else weight.detach()
         return _LinearLogProbs.apply(hidden * (logit_scale / temperature), weight, targets, outputs)
@@ -47,7 +61,7 @@ class _LinearLogProbs(torch.autograd.Function):
     KEPT_LOGITS = 2**28  # 1 GiB: more are computed again in the backward
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, outputs):
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor, targets: Tensor, outputs: tuple[str, ...]) -> PerToken:
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         rows = max(1, _LinearLogProbs.CHUNK_LOGITS // len(weight))
         keep = needs_weight and len(hidden) * len(weight) <= _LinearLogProbs.KEPT_LOGITS
@@ -70,18 +84,18 @@ class _LinearLogProbs(torch.autograd.Function):
                 torch.mm(p, weight, out=expected[chunk])
             if "log_sum_sq_probs" in outputs:
                 sum_sq_probs[chunk] = torch.linalg.vecdot(p, p)
-        entropy = log_z - (expected * hidden).sum(-1) if "entropy" in outputs else None
+        entropy = None if expected is None or "entropy" not in outputs else log_z - (expected * hidden).sum(-1)
         log_sum_sq_probs = sum_sq_probs.log() if "log_sum_sq_probs" in outputs else None
         mean_logits = hidden @ weight.mean(dim=0) if "mean_logits" in outputs else None
-        is_top1 = is_top1 if "is_top1" in outputs else None
-        ctx.mark_non_differentiable(*(x for x in (entropy, log_sum_sq_probs, mean_logits, is_top1) if x is not None))
+        others = (entropy, log_sum_sq_probs, mean_logits, is_top1 if "is_top1" in outputs else None)
+        ctx.mark_non_differentiable(*(x for x in others if x is not None))
         ctx.set_materialize_grads(False)
-        direction = weight[targets] - expected if needs_hidden else None
-        ctx.save_for_backward(hidden, weight, targets, direction, buffer if keep else None)
-        return log_probs, entropy, log_sum_sq_probs, mean_logits, is_top1
+        direction = None if expected is None or not needs_hidden else weight[targets] - expected
+        ctx.save_for_backward(hidden, weight, targets, direction, buffer if keep else None)  # type: ignore[arg-type]
+        return log_probs, *others
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx: Context, grad: Tensor | None, *_: None) -> tuple[Tensor | None, Tensor | None, None, None]:
         if grad is None:
             return None, None, None, None
         hidden, weight, targets, direction, kept = ctx.saved_tensors

@@ -29,7 +29,7 @@ def read_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, A
         holder = overrides
         for step in path:
             holder, target = holder.setdefault(target, {}), step
-        holder[target] = read_words(words, hints.get(name, Any))
+        holder[target] = read_words(words, hints.get(name, object))
     config = overrides.pop("config", None)
     return config, overrides
 
@@ -54,18 +54,18 @@ def split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
     return words
 
 
-def read_words(words: Sequence[str], hint: Any = Any) -> Any:
+def read_words(words: Sequence[str], hint: type = object) -> Any:  # noqa: ANN401 - what the user wrote
     """Return the value of a flag's words, for a key of the type `hint`: true where there is none."""
     values = [word if keeps_characters(word, hint) else read_word(word) for word in words]
     return True if not values else values[0] if len(values) == 1 else values
 
 
-def keeps_characters(word: str, hint: Any) -> bool:
+def keeps_characters(word: str, hint: type) -> bool:
     structure = word.lstrip().startswith(("{", "[")) and takes_structure(hint)
     return takes_text(hint) and word != "null" and not structure
 
 
-def read_word(word: str) -> Any:
+def read_word(word: str) -> Any:  # noqa: ANN401 - what the user wrote
     """Read a number, flag or null, a {mapping} or [list]; everything else is text, whatever YAML makes of it (a: b)."""
     try:
         value = read_yaml(word, "")
@@ -131,11 +131,12 @@ def displace(need: str, values: Values, defaults: Values, free: Set[str]) -> dic
     """Return the change of `free` keys that makes a condition hold: each dropped, or set to the one value that does
     where its default would not; None where there is no such change."""
     for terms in alternatives(need):
-        change = {}
+        change: dict[str, Any] = {}
         for term in terms:
             if holds_term(term, values):
                 continue
             parts = TERM.fullmatch(term)
+            assert parts is not None, term
             name, wanted = parts["key"], wanted_values(parts)
             if name in free and holds_term(term, {name: defaults[name]}):
                 change[name] = None

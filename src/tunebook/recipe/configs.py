@@ -5,9 +5,10 @@ and the task's own: [`SFTConfig`], [`RewardConfig`] or [`DPOConfig`]. What the t
 that comes before TRL's class. Keys that transformers or TRL already have are not repeated, only their defaults.
 """
 
+import copy
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import trl
@@ -18,6 +19,13 @@ from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 
 from ..environment import uses_fsdp, uses_parallelism_config
 from .rules import check_muon
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+else:
+    TrainingArguments = object  # a dataclass would bring its defaults into every mixin, in place of TRL's
+
+T = TypeVar("T")
 
 EVALUATION = "eval_strategy: steps or epoch, or do_eval: true"
 PACKING = "packing: true"
@@ -40,7 +48,7 @@ NO_PRECOMPUTED = "precompute_ref_log_probs: false; that keeps no reference"
 OTHER_REFERENCE = "use_peft: false, or ref_model_name_or_path; LoRA's reference is the model with its adapter off"
 
 
-def key(default: Any, help: str, *needs: str, **limits: float) -> Any:
+def key(default: T, help: str, *needs: str, **limits: float) -> T:
     """Declare a key.
 
     Args:
@@ -49,7 +57,7 @@ def key(default: Any, help: str, *needs: str, **limits: float) -> Any:
     """
     metadata = {"help": help, "needs": needs, "range": Interval(**limits) if limits else None}
     if isinstance(default, list):
-        return dataclasses.field(default_factory=default.copy, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -59,7 +67,7 @@ class DatasetConfig(TRLDatasetConfig):
 
     __pydantic_config__ = {"extra": "forbid"}
 
-    columns: list[str] | dict[str, str] | None = key(
+    columns: list[str] | dict[str, str] | None = key(  # type: ignore[assignment] # TRL's is a list
         None, "Columns to keep (list), or this source's columns renamed to the recipe's ({old: new})."
     )
     probability: float | None = key(None, "Chance that the next row of the mixture comes from this source.")
@@ -95,11 +103,14 @@ class ScriptArguments(TRLScriptArguments):
 class ModelConfig(trl.ModelConfig):
     """The model, LoRA and quantization."""
 
+    if TYPE_CHECKING:
+        model_name_or_path: str = ""  # the rules ask for it
+
     num_layers_unfrozen: int | None = key(
         None, "Train the top N layers, the final norm and the head only. Default: all.", NO_LORA, ge=0
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         modules = self.lora_target_modules
         super().__post_init__()
         # PATCH(trl<1.17): TRL makes text of a list of one, for all-linear, and PEFT takes text for a pattern of the
@@ -115,12 +126,19 @@ class RewardModelConfig(ModelConfig):
 
 
 @dataclass
-class RunConfig:
+class RunConfig(TrainingArguments):
     """The keys of all three tasks: batch, checkpoints, trackers, pushes to the Hub."""
+
+    if TYPE_CHECKING:
+        output_dir: str = ""  # transformers fills it in
+        report_to: list[str] = dataclasses.field(default_factory=list)
+        hub_model_id: str = ""  # the rules ask for it and the next where a revision is pushed
+        hub_revision: str = ""
+        max_length: int | None = None  # in TRL's config of each task
 
     # PATCH(trl<1.17): TRL turns checkpointing on under its old name, which transformers announces as deprecated in
     # every run. Waits for trl/trainer/base_config.py. Delete when TRL sets `activation_checkpointing`.
-    gradient_checkpointing: bool | None = key(None, "Renamed to activation_checkpointing.")
+    gradient_checkpointing: bool = key(None, "Renamed to activation_checkpointing.")  # type: ignore[assignment]
     activation_checkpointing: bool | None = key(
         True, "Recompute activations in the backward pass; only cheap ones with {selective: true} in its kwargs."
     )
@@ -162,7 +180,7 @@ class RunConfig:
     hub_push_failure: Literal["warn", "raise"] = key("warn", "What a push that fails does to the run.", PUSHES)
     hub_push_to_main: bool = key(False, "Push the final model to main too.", PUSHES)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.use_cpu and not has_fast_bf16():
             self.bf16 = bool(self.bf16)
@@ -185,6 +203,7 @@ class RunConfig:
             )
         # Built once on nothing, so that arguments that the schedule does not take fail now and not after the data
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        assert not isinstance(self.lr_scheduler_kwargs, str)  # transformers has parsed it
         get_scheduler(self.lr_scheduler_type, optimizer, 1, 10, self.lr_scheduler_kwargs)
         batch, given = self.per_device_train_batch_size, self.gradient_accumulation_steps
         self.gradient_accumulation_steps = accumulation_steps(

@@ -31,6 +31,7 @@ def alternatives(condition: str) -> list[list[str]]:
 
 def holds_term(term: str, values: Values) -> bool:
     parts = TERM.fullmatch(term)
+    assert parts is not None, term
     value = values.get(parts["key"], False)
     if parts["values"]:
         return bool(set(wanted_values(parts)) & {written(v) for v in (value if isinstance(value, list) else [value])})
@@ -41,19 +42,19 @@ def holds_term(term: str, values: Values) -> bool:
     return is_set(value) != bool(parts["no"])
 
 
-def wanted_values(parts: re.Match) -> list[str]:
+def wanted_values(parts: re.Match[str]) -> list[str]:
     """Return the values of a term `key: value or value`; none where it has another form."""
     return re.split(", | or ", parts["values"]) if parts["values"] else []
 
 
-def written(value: Any) -> str:
+def written(value: object) -> str:
     """Return a value as a recipe has it."""
     if isinstance(value, Enum):
         return str(value.value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def is_set(value: Any) -> bool:
+def is_set(value: object) -> bool:
     return value > 0 if isinstance(value, int | float) else bool(value)
 
 

@@ -9,15 +9,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, shipped
 from . import configs
 from .command_line import overridden, read_command_line
-from .schema import TASKS, default, describe, faults, keys_of, old_keys, read_values
+from .schema import TASKS, Training, default, describe, faults, keys_of, old_keys, read_values
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Recipe:
 
     task: str  # sft, rm or dpo
     script: configs.ScriptArguments  # the data, and how a row becomes text
-    training: configs.SFTConfig | configs.RewardConfig | configs.DPOConfig
+    training: Training
     model: configs.ModelConfig  # the model, LoRA and quantization
     given: dict[str, Any]  # the keys that were given, in the order of the file
 
@@ -71,11 +72,15 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
         logging.getLogger("tunebook").setLevel(logging.DEBUG)
     given = overridden(task, recipe, overrides)
     values, mistakes = read_values(task, given)
-    if mistakes := list(mistakes.values()) or faults(given, values):
-        raise RecipeError("\n".join(mistakes))
+    if messages := list(mistakes.values()) or faults(given, values):
+        raise RecipeError("\n".join(messages))
+    script, training, model = TASKS[task]
+
+    def build(cls: type[T]) -> T:
+        return cls(**{name: values[name] for name in keys_of(cls) if name in given})
+
     with user_errors(TypeError, ImportError):
-        args = (cls(**{name: values[name] for name in keys_of(cls) if name in given}) for cls in TASKS[task])
-        return Recipe(task, *args, given)
+        return Recipe(task, build(script), build(training), build(model), given)
 
 
 def set_push_key(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from annotated_types import Interval
 from huggingface_hub.errors import HFValidationError
@@ -16,6 +16,9 @@ from transformers.trainer_utils import SchedulerType
 from ..environment import fsdp_version, launched_sharding, offloads_fsdp, uses_fsdp
 from ..files import read_yaml
 from .needs import Values, holds, is_benchmark
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 RULES = read_yaml(Path(__file__).with_name("rules.yaml").read_text(encoding="utf-8"), "rules.yaml")
 # Key -> what the number may be, and (key, condition), of TRL's and transformers' keys
@@ -62,7 +65,7 @@ def contradictions(v: Values) -> Iterator[str]:
 
 def schedule_contradictions(v: Values) -> Iterator[str]:
     schedule, given = SchedulerType(v["lr_scheduler_type"]), v["lr_scheduler_kwargs"]
-    parameters = signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters
+    parameters = signature(TYPE_TO_SCHEDULER_FUNCTION[schedule]).parameters  # type: ignore[arg-type]
     takes_any = any(parameter.kind is Parameter.VAR_KEYWORD for parameter in parameters.values())
     taken = parameters.keys() - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     if isinstance(given, dict) and not takes_any and (unknown := given.keys() - taken):
@@ -137,7 +140,7 @@ def mixture_contradictions(v: Values) -> Iterator[str]:
         yield "`mixture_stopping` has no effect here. It needs a probability for every entry of `datasets`."
 
 
-def check_muon(args: Any) -> None:
+def check_muon(args: "TrainingArguments") -> None:
     """Refuse `optim: muon` under a launch in which it cannot run.
 
     Raises:

@@ -21,7 +21,9 @@ from . import configs
 from .needs import holds
 from .rules import CHOICES, NEEDS, RANGES, contradictions
 
-TASKS = {
+Training = configs.SFTConfig | configs.RewardConfig | configs.DPOConfig
+
+TASKS: dict[str, tuple[type[configs.ScriptArguments], type[Training], type[configs.ModelConfig]]] = {
     "sft": (configs.ScriptArguments, configs.SFTConfig, configs.ModelConfig),
     "rm": (configs.ScriptArguments, configs.RewardConfig, configs.RewardModelConfig),
     "dpo": (configs.ScriptArguments, configs.DPOConfig, configs.ModelConfig),
@@ -52,14 +54,14 @@ def old_keys() -> dict[str, OldKey]:
     return {name: OldKey(kind, **entry) for kind, entries in kinds.items() for name, entry in entries.items()}
 
 
-@cache
-def keys_of(cls: type) -> dict[str, tuple[dataclasses.Field, Any]]:
+def keys_of(cls: type) -> dict[str, tuple[dataclasses.Field[object], type]]:
     """Return name -> (dataclass field, resolved type) for every key of a config."""
     hints = get_type_hints(cls)
     return {field.name: (field, hints[field.name]) for field in dataclasses.fields(cls) if field.init}
 
 
-def task_keys(task: str) -> dict[str, tuple[dataclasses.Field, Any]]:
+@cache
+def task_keys(task: str) -> dict[str, tuple[dataclasses.Field[object], type]]:
     """Return [`keys_of`] all three configs of a task."""
     return {name: entry for cls in TASKS[task] for name, entry in keys_of(cls).items()}
 
@@ -77,7 +79,7 @@ def unknown_key(task: str, name: str) -> str:
     return f"`{name}` is not a key." + (f" Did you mean {' or '.join(near)}?" if near else " See --help for all keys.")
 
 
-def default(field: dataclasses.Field) -> Any:
+def default(field: dataclasses.Field[object]) -> object:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
@@ -100,7 +102,7 @@ def read_values(task: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], di
 type_adapter = cache(TypeAdapter)
 
 
-def read_value(name: str, value: Any, field: dataclasses.Field, hint: Any) -> Any:
+def read_value(name: str, value: object, field: dataclasses.Field[object], hint: type) -> Any:  # noqa: ANN401 - the user's
     """Return the value in the key's type.
 
     Raises:
@@ -129,13 +131,13 @@ def read_value(name: str, value: Any, field: dataclasses.Field, hint: Any) -> An
     return value
 
 
-def check_size(name: str, value: Any) -> None:
+def check_size(name: str, value: object) -> None:
     """Refuse a number that is not finite, or that 32 bits would not hold."""
     if isinstance(value, int | float) and not abs(value) < 2**32:
         raise RecipeError(f"`{name}`: {value} is not a number below 2^32.")
 
 
-def list_choices(name: str, hint: Any) -> Sequence[str]:
+def list_choices(name: str, hint: type) -> Sequence[str]:
     """Return what a key of text may be, by the rules or an enumeration of transformers'; nothing where it is free."""
     if get_origin(hint) is Literal:
         return ()
@@ -143,18 +145,18 @@ def list_choices(name: str, hint: Any) -> Sequence[str]:
     return CHOICES.get(name) or [choice.value for kind in enums for choice in kind]
 
 
-def takes_text(hint: Any) -> bool:
+def takes_text(hint: type) -> bool:
     """Return whether a key of this type has text, and neither numbers nor flags."""
     kinds = list_kinds(hint)
     return any(issubclass(kind, str) for kind in kinds) and not kinds & {bool, int, float}
 
 
-def takes_structure(hint: Any) -> bool:
+def takes_structure(hint: type) -> bool:
     """Return whether a key of this type may have a list or a mapping."""
     return bool(list_kinds(hint) & {list, dict})
 
 
-def list_kinds(hint: Any) -> set[type]:
+def list_kinds(hint: type) -> set[type]:
     """Return the plain types of a hint, those of a list's elements among them."""
     if get_origin(hint) is Literal:
         return {type(choice) for choice in get_args(hint)}
@@ -164,7 +166,7 @@ def list_kinds(hint: Any) -> set[type]:
     return kinds.union(*map(list_kinds, get_args(hint)))
 
 
-def describe(hint: Any) -> str:
+def describe(hint: type) -> str:
     return getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("tunebook.recipe.configs.", "")
 
 

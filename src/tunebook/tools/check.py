@@ -19,6 +19,7 @@ from jinja2 import Template
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from transformers.trainer_utils import SaveStrategy
 
 from ..data.loading import NothingToTrain, load_recipe_data
 from ..data.tokenizer import CHATML, end_of_turn_ids
@@ -151,7 +152,8 @@ def plan_disk(recipe: Recipe, workload: Workload, steps: int) -> Disk:
     args, count_parameters = recipe.training, workload.model.num_parameters
     model = workload.stored_size * count_parameters(only_trainable=recipe.model.use_peft)
     checkpoint = model + (0 if args.save_only_model else workload.state_size * count_parameters(only_trainable=True))
-    every = {"steps": args.save_steps, "epoch": steps / args.num_train_epochs}.get(args.save_strategy.value, math.inf)
+    strategy = SaveStrategy(args.save_strategy).value
+    every = {"steps": args.save_steps, "epoch": steps / args.num_train_epochs}.get(strategy, math.inf)
     count = math.ceil(steps / (math.ceil(every * steps) if every < 1 else every))
     # The oldest go when the new one is whole
     kept = count if args.save_total_limit is None else min(count, args.save_total_limit + 1)

@@ -1,8 +1,9 @@
 """Check, preview, migrate, merge, score, push, benchmark and report: what belongs to a run but is not training."""
 
 import logging
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -23,7 +24,7 @@ Task = Annotated[str | None, typer.Option(help="sft, rm or dpo. Default: the one
 class Commands(TyperGroup):
     """Log as the scripts do, and show a user's mistake in any command as one message."""
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override] # typer's own click
         logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("tunebook").setLevel(logging.INFO)
         with exit_on_error():
@@ -182,9 +183,9 @@ def benchmark(
     check_output(out, "--out", folder=True)
     with user_errors():
         paths = [find_benchmark(name) for name in benchmarks]
-    options = {"benchmarks": paths, "devices": devices or [], "timeout": timeout}
-    rows = BenchmarkJobs(out / "model", **options).run(model, revision)
-    others = BenchmarkJobs(out / "compare_to", **options).run(compare_to) if compare_to else []
+    jobs = partial(BenchmarkJobs, benchmarks=paths, devices=devices or [], timeout=timeout)
+    rows = jobs(out / "model").run(model, revision)
+    others = jobs(out / "compare_to").run(compare_to) if compare_to else []
     Console().print(scores_table(rows, others, title=model, other_title=compare_to or ""))
     if any(row.status != "completed" for row in rows):
         raise typer.Exit(1)

@@ -31,7 +31,7 @@ def handbook_mixture(value: Mapping[str, Any], settings: Settings) -> dict[str, 
     return {"datasets": sources} | ({} if size is None else {"test_split_size": size})
 
 
-def handbook_mixer(value: Any, settings: Settings) -> dict[str, Any]:
+def handbook_mixer(value: object, settings: Settings) -> dict[str, Any]:
     """Convert dataset_mixer with dataset_splits and dataset_configs."""
     train = next((name for name in settings.get("dataset_splits", []) if "train" in name), "train")
     mixer = settings["dataset_mixer"]
@@ -55,7 +55,7 @@ def known_benchmarks(value: Sequence[str], settings: Settings) -> dict[str, Any]
     return {"benchmarks": [name for name in value if find_benchmark(name)]}
 
 
-def openrlhf_sources(value: Any, settings: Settings) -> dict[str, Any]:
+def openrlhf_sources(value: object, settings: Settings) -> dict[str, Any]:
     """Convert data.dataset, such as `a,b@folder`, with data.dataset_split and data.dataset_probs."""
     parts = [part.strip().split("@") for part in str(settings["data.dataset"]).split(",")]
     split = settings["data.dataset_split"]

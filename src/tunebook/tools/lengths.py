@@ -12,6 +12,7 @@ from ..data.rendering import Renderer, RenderSettings
 from ..errors import user_errors
 from ..packing.batches import TokenBatchSampler, decides_sharing, list_offsets, pair_lengths
 from ..recipe import Recipe
+from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
 from .workload import Batch
 
 
@@ -64,7 +65,7 @@ def count_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
 def ends_turn(values: np.ndarray, offsets: np.ndarray, ends: Sequence[int], tail: int = 3) -> np.ndarray:
     """Return (rows,) whether one of the last tokens of each row ends a turn; a template may add a line break."""
     last = np.maximum(offsets[1:, None] - 1 - np.arange(tail), offsets[:-1, None])
-    return np.isin(values[last], ends).any(axis=1)
+    return np.asarray(np.isin(values[last], ends).any(axis=1))
 
 
 @dataclass
@@ -95,11 +96,11 @@ def form_batches(recipe: Recipe, dataset: Dataset, lengths: Lengths) -> Batches:
     batches = Batches(largest, len(groups), 1 - total.sum() / padded, shared=shared)
     if not args.packing:
         return batches
-    return pack_texts(recipe, dataset, batches) if recipe.task == "sft" else pack_pairs(recipe, lengths, batches)
+    return pack_texts(args, dataset, batches) if isinstance(args, SFTConfig) else pack_pairs(args, lengths, batches)
 
 
-def pack_texts(recipe: Recipe, dataset: Dataset, batches: Batches) -> Batches:
-    args = recipe.training
+def pack_texts(args: SFTConfig, dataset: Dataset, batches: Batches) -> Batches:
+    assert args.max_length is not None
     rows = args.per_device_train_batch_size
     packed = pack_dataset(dataset, args.max_length, args.packing_strategy).with_format("arrow")[:]
     labels, offsets = list_offsets(packed["labels"])
@@ -109,8 +110,9 @@ def pack_texts(recipe: Recipe, dataset: Dataset, batches: Batches) -> Batches:
     return replace(batches, largest=largest, count=-(-len(sizes) // rows), filled=filled)
 
 
-def pack_pairs(recipe: Recipe, lengths: Lengths, batches: Batches) -> Batches:
-    args, pairs = recipe.training, lengths.total.sum(axis=1)
+def pack_pairs(args: RewardConfig | DPOConfig, lengths: Lengths, batches: Batches) -> Batches:
+    assert lengths.saved is not None and batches.shared is not None
+    pairs = lengths.total.sum(axis=1)
     shares = decides_sharing(args, batches.shared)
     packed = pairs - lengths.saved * shares
     tokens = args.max_tokens_per_batch

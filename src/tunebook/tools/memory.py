@@ -6,16 +6,16 @@ the bytes that are alive at the same time are added up.
 """
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import cast
 from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface
@@ -24,7 +24,8 @@ from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import disable_dropout_in_model
 
-from ..packing.log_probs import _LinearLogProbs
+from ..packing.forward import without_adapter
+from ..packing.log_probs import Context, _LinearLogProbs
 from .workload import Workload
 
 # Bytes of the process itself. CPU: the libraries and what glibc keeps of freed memory, the median over the runs of
@@ -106,22 +107,27 @@ def weights_size(workload: Workload) -> float:
 
 def frozen_matrices(model: nn.Module) -> list[nn.Linear]:
     """Return what bitsandbytes quantizes: every frozen linear layer but the head."""
-    head = model.get_output_embeddings()
+    head = without_adapter(model).get_output_embeddings()
     return [m for m in model.modules() if isinstance(m, nn.Linear) and m is not head and not m.weight.requires_grad]
+
+
+Named = Mapping[str, object] | None  # arguments
 
 
 class LiveBytes(TorchDispatchMode):
     """Add up the storages that live between the operations inside; `peak` is the most there were at a time."""
 
-    def __init__(self, known: Iterable[torch.Tensor]):
+    def __init__(self, known: Iterable[Tensor]):
         super().__init__()
         self.live = self.peak = 0
         self.storages = weakref.WeakSet(tensor.untyped_storage() for tensor in known)
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: Named = None
+    ) -> object:
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
+            if isinstance(tensor, Tensor) and (storage := tensor.untyped_storage()) not in self.storages:
                 self.storages.add(storage)
                 self.live += storage.nbytes()
                 weakref.finalize(storage, self.free, storage.nbytes())
@@ -132,10 +138,10 @@ class LiveBytes(TorchDispatchMode):
         self.live -= nbytes
 
 
-def cast_linear(*args, linear=F.linear):
+def cast_linear(*args: object, linear: Callable[..., Tensor] = F.linear) -> Tensor:
     """Cast like autocast, which has no meta device: linear layers take and give 16-bit tensors, cast in the graph. (A
     TorchFunctionMode would be off where a checkpoint is computed again, inside of backward.)"""
-    return linear(*(x.to(torch.bfloat16) if isinstance(x, torch.Tensor) else x for x in args))
+    return linear(*(x.to(torch.bfloat16) if isinstance(x, Tensor) else x for x in args))
 
 
 def count_step(workload: Workload) -> int:
@@ -145,7 +151,7 @@ def count_step(workload: Workload) -> int:
     if workload.task != "sft":
         disable_dropout_in_model(model)
     AttentionInterface.register("counted", partial(attention, workload=workload))
-    base_model = model.get_base_model() if isinstance(model, PeftModel) else model
+    base_model = without_adapter(model)
     base_model.set_attn_implementation("counted")
     with (
         LiveBytes([*model.parameters(), *model.buffers()]) as count,
@@ -161,22 +167,22 @@ def count_step(workload: Workload) -> int:
                 parameter.grad = torch.empty_like(parameter)
         ids = torch.empty(batch.rows, batch.length, dtype=torch.long, device="meta")
         hidden = base_model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        head = base_model.get_output_embeddings()
         hidden = hidden[torch.empty(batch.scored, dtype=torch.long, device="meta")]
         if workload.task == "rm":
-            loss = base_model.score(hidden).float()
+            loss = base_model.get_submodule("score")(hidden).float()
         elif workload.device == "cpu" and hidden.dtype == torch.float32 and not workload.autocasts:
-            weight = base_model.get_output_embeddings().weight
             ids = torch.empty(batch.scored, dtype=torch.long, device="meta")
-            loss = _LinearLogProbs.apply(hidden, weight, ids, ("entropy", "is_top1"))[0]
+            loss = _LinearLogProbs.apply(hidden, head.weight, ids, ("entropy", "is_top1"))[0]
         else:
-            loss = FusedHead.apply(hidden, base_model.get_output_embeddings().weight)
+            loss = FusedHead.apply(hidden, head.weight)
         loss.sum().backward()
         model.zero_grad()
         del hidden, loss, ids
     return count.peak
 
 
-def drop_gradient(parameter: torch.Tensor) -> None:
+def drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
@@ -184,13 +190,13 @@ class FusedHead(torch.autograd.Function):
     """Allocate what TRL's head does on CUDA: a tile of logits in place of all of them, gradients in float32."""
 
     @staticmethod
-    def forward(ctx, hidden, weight):
+    def forward(ctx: Context, hidden: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(hidden, weight)
         allocate_tile(hidden, weight)
         return hidden.new_empty(len(hidden), dtype=torch.float32)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         tile = allocate_tile(hidden, weight)  # noqa: F841 - it lives while the gradients are written
         return tuple(
@@ -199,11 +205,11 @@ class FusedHead(torch.autograd.Function):
         )
 
 
-def allocate_tile(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def allocate_tile(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.new_empty(min(len(hidden), TILE[0]), min(len(weight), TILE[1]))
 
 
-def allocate_attention(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def allocate_attention(query: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
@@ -216,18 +222,20 @@ class FusedAttention(torch.autograd.Function):
     """Keep what a flash kernel keeps: query, key, value, output and a number per query; never tokens x tokens."""
 
     @staticmethod
-    def forward(ctx, query, key, value, mask):
+    def forward(ctx: Context, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         output, log_sum_exp = flash_attention(query)
-        ctx.save_for_backward(query, key, value, mask, output, log_sum_exp)
+        ctx.save_for_backward(query, key, value, mask, output, log_sum_exp)  # type: ignore[arg-type]
         return output
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, *_ = ctx.saved_tensors
         return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
 
 
-def attention(module, query, key, value, attention_mask, *, workload: Workload, **kwargs):
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: object, workload: Workload, **kwargs: object
+) -> tuple[Tensor, None]:
     """Return the shapes of varlen_attention (packed) or of transformers' sdpa (padded)."""
     batch, mask = workload.batch, None
     if workload.autocasts:
@@ -236,7 +244,7 @@ def attention(module, query, key, value, attention_mask, *, workload: Workload, 
         index = torch.empty(batch.keys, dtype=torch.long, device="meta")
         key, value = key[:, :, index], value[:, :, index]
     elif not batch.packed:
-        groups = module.num_key_value_groups
+        groups = cast(int, module.num_key_value_groups)
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         mask = query.new_empty(batch.rows, 1, batch.length, batch.length) if batch.rows > 1 else None
     output = FusedAttention.apply(query, key, value, mask).transpose(1, 2)

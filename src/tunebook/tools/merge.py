@@ -34,7 +34,7 @@ def merge(adapter: Path, out: Path, base: str | None = None, dtype: str = "float
         raise RecipeError(f"{adapter} holds no adapter (no adapter_config.json).")
     if out.exists():
         raise RecipeError(f"{out} exists. Name a new folder.")
-    config, tokenizer = PeftConfig.from_pretrained(adapter), AutoTokenizer.from_pretrained(adapter)
+    config, tokenizer = PeftConfig.from_pretrained(str(adapter)), AutoTokenizer.from_pretrained(adapter)
     name, options = base or config.base_model_name_or_path, {"revision": config.revision, "dtype": torch.float32}
     with suppress_seqcls_warning():
         if config.task_type == "SEQ_CLS":

@@ -42,7 +42,7 @@ def list_keys(entry: Mapping[str, Any]) -> str:
     return entry.get("keys") or ", ".join(dict.fromkeys(fixed))
 
 
-def convert(entry: Mapping[str, Any], value: Any, settings: Settings) -> dict[str, Any] | None:
+def convert(entry: Mapping[str, Any], value: Any, settings: Settings) -> dict[str, Any] | None:  # noqa: ANN401 - the user's value
     """Return the recipe's keys for a value: {} if it is not carried over, None if nothing needs to be written."""
     when = entry.get("when")
     if when and not needs.holds(when, settings) or not re.search(entry.get("matches", ""), str(value)):
@@ -59,7 +59,7 @@ def convert(entry: Mapping[str, Any], value: Any, settings: Settings) -> dict[st
     return dict(zip(keys, values, strict=True)) if keys else {}
 
 
-def fill(template: Any, settings: Settings) -> Any:
+def fill(template: Any, settings: Settings) -> Any:  # noqa: ANN401 - YAML and the user's values
     """Replace each `<name>` in an entry's `set` by the value of that setting."""
     if isinstance(template, dict):
         return {key: fill(value, settings) for key, value in template.items()}
@@ -67,7 +67,7 @@ def fill(template: Any, settings: Settings) -> Any:
     return settings[name[1]] if name else template
 
 
-def show(name: str, value: Any, flag: bool = False) -> str:
+def show(name: str, value: object, flag: bool = False) -> str:
     """Return a key or a flag in one line."""
     text = " ".join(map(str, value)) if isinstance(value, list) else value
     text = (text if isinstance(text, str) else json.dumps(text, default=str)).replace("\n", "\\n")

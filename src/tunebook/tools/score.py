@@ -55,7 +55,7 @@ def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> in
     out.parent.mkdir(parents=True, exist_ok=True)
     with open(out, "w", encoding="utf-8") as file:
         for row, reward in zip(rows, rewards, strict=True):
-            normalized = {"normalized_reward": (reward - mean) / std} if std else {}
+            normalized = {"normalized_reward": (reward - mean) / std} if mean is not None and std else {}
             file.write(json.dumps({**row, "reward": reward, **normalized}, ensure_ascii=False) + "\n")
     logger.info("%d rewards in %s, from %.3f to %.3f.", len(rewards), out, min(rewards), max(rewards))
     return len(rewards)

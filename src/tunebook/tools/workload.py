@@ -12,6 +12,7 @@ from trl import get_peft_config
 
 from ..environment import Sharding
 from ..recipe import Recipe
+from ..recipe.configs import DPOConfig
 from ..training.activation_checkpointing import accept_selective
 from ..training.models import check_model, freeze_layers
 
@@ -61,12 +62,12 @@ class Workload:
         unset = device == "cuda" and args.use_cpu and not {"bf16", "fp16"} & recipe.given.keys()
         dtype = (config.dtype or torch.float32) if model_args.dtype in (None, "auto") else model_args.dtype
         reference = None
-        if recipe.task == "dpo" and not args.precompute_ref_log_probs:
+        if isinstance(args, DPOConfig) and not args.precompute_ref_log_probs:
             if args.ref_model_name_or_path is not None:
                 reference = check_model(args.ref_model_name_or_path, args.ref_model_revision, args.trust_remote_code)
             elif not model_args.use_peft:
                 reference = config
-        keys = {
+        keys: dict[str, Any] = {
             **vars(args),
             **vars(model_args),
             **{"config": config, "task": recipe.task, "sharding": sharding, "device": device},

@@ -13,7 +13,7 @@ from ..errors import RecipeError
 WEIGHT_ARGUMENT = {"aten.mm.default": 1, "aten.addmm.default": 2, "aten._grouped_mm.default": 1}
 
 
-def keep_products(ctx, op, *args, **kwargs) -> CheckpointPolicy:
+def keep_products(ctx: object, op: object, *args: torch.Tensor, **kwargs: object) -> CheckpointPolicy:
     """Keep attention, like TRL, and the widening projections (gate, up): half of a Llama layer's FLOPs. The output of
     the down projection is not needed in the backward pass; q, k, v and o, a quarter, are recomputed. LoRA's B is
     excluded: its output, more than eight times as wide as its input, is large for little compute."""
@@ -55,4 +55,4 @@ def accept_selective(model: PreTrainedModel) -> None:
             options["context_fn"] = partial(create_selective_checkpoint_contexts, keep_products)
         enable(options, every_n_layers, offload)
 
-    model._activation_checkpointing_enable = enable_selective
+    model._activation_checkpointing_enable = enable_selective  # type: ignore[method-assign, assignment]

@@ -7,6 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from ..checkpoints import resume_point
 from ..errors import RecipeError
+from ..packing.context_parallel import TRLTrainer
 
 
 class NotFiniteError(RecipeError):
@@ -15,18 +16,18 @@ class NotFiniteError(RecipeError):
     exit_code = 1
 
 
-class FiniteMixin:
+class FiniteMixin(TRLTrainer):
     """Mixin before a TRL trainer that ends training at a step whose loss or, other than with fp16, which scales
     gradients until they fit, whose gradients are not finite: before the optimizer uses them."""
 
     step_loss: torch.Tensor | float = 0.0  # of the micro-batches of a step, on this process
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
+        loss = super().training_step(*args, **kwargs)  # type: ignore[arg-type]
         self.step_loss = self.step_loss + loss.detach()
         return loss
 
-    def _get_grad_norm(self, *args, **kwargs):
+    def _get_grad_norm(self, *args: object, **kwargs: object) -> torch.Tensor | float | None:
         # PATCH(transformers<5.25): the Trainer puts the mean of earlier losses in the place of one that is not finite,
         # trains on, and shows no callback the norm. Waits for transformers/trainer.py:1920. Delete when it stops.
         norm = super()._get_grad_norm(*args, **kwargs)

@@ -5,13 +5,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from filelock import LeaseCompromise, SoftFileLease, Timeout
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..checkpoints import resume_point, saving
 from ..errors import Interrupted, RecipeError, interrupt, user_errors
@@ -28,7 +29,7 @@ REFRESH = 5.0  # seconds
 
 def from_main_process(function: Callable[[], T]) -> T:
     """Call a function on the main process; return its result, or raise its RecipeError, on every process."""
-    outcome: list = [None]
+    outcome: list[T | RecipeError | None] = [None]
     if PartialState().is_main_process:
         try:
             outcome = [function()]
@@ -89,8 +90,8 @@ def held(output_dir: Path) -> Iterator[None]:
     check_output(output_dir, "`output_dir`", folder=True)
     with user_errors(OSError):
         output_dir.mkdir(parents=True, exist_ok=True)
-        options = {"lease_duration": SILENCE, "heartbeat_interval": REFRESH, "thread_local": False}
-        lock = SoftFileLease(output_dir / LOCK, on_compromise=give_up, **options)
+        lease = partial(SoftFileLease, lease_duration=SILENCE, heartbeat_interval=REFRESH, thread_local=False)
+        lock = lease(output_dir / LOCK, on_compromise=give_up)
         with saving("The lock", output_dir):
             from_main_process(lambda: acquire(lock))
     try:
@@ -113,26 +114,32 @@ class SigtermCallback(TrainerCallback):
         self.trainer, self.is_told, self.ends, self.saved_step = trainer, False, False, 0
         self.is_handling = signal.getsignal(signal.SIGTERM) is interrupt
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.is_handling:
             signal.signal(signal.SIGTERM, self._tell)
 
-    def _tell(self, number, frame) -> None:
+    def _tell(self, number: int, frame: object) -> None:
         self.is_told = True
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         accelerator = self.trainer.accelerator
         if self.is_told:
             accelerator.set_trigger()
         if self.is_handling and accelerator.check_trigger():
             self.ends = control.should_save = True
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         self.saved_step = state.global_step
         if self.ends:
             raise Interrupted(signal.SIGTERM)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.on_step_end(args, state, control)  # the signal may have come in the last step's evaluation
         if self.is_handling:
             signal.signal(signal.SIGTERM, interrupt)

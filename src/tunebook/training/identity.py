@@ -5,9 +5,11 @@ from typing import Any
 
 import xxhash
 from transformers import PreTrainedConfig
+from transformers.training_args import OptimizerNames
 
 from ..environment import launched_sharding
 from ..recipe import Recipe
+from ..recipe.configs import DPOConfig, SFTConfig
 from .models import check_model
 
 BLOCK = 2**16  # bytes
@@ -28,12 +30,12 @@ def describe_run(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
     """
     args, model_args = recipe.training, recipe.model
     reference = None
-    if recipe.task == "dpo" and args.ref_model_name_or_path is not None:
+    if isinstance(args, DPOConfig) and args.ref_model_name_or_path is not None:
         name = args.ref_model_name_or_path
         reference = identify_weights(name, check_model(name, args.ref_model_revision, args.trust_remote_code))
-    order = {"packing": args.packing, "train_sampling_strategy": args.train_sampling_strategy}
+    order: dict[str, object] = {"packing": args.packing, "train_sampling_strategy": args.train_sampling_strategy}
     order["dataloader_drop_last"] = args.dataloader_drop_last
-    if recipe.task == "sft":
+    if isinstance(args, SFTConfig):
         order["shuffle_dataset"] = args.shuffle_dataset
         if args.packing:
             order |= {"packing_strategy": args.packing_strategy, "max_length": args.max_length}
@@ -51,7 +53,7 @@ def describe_run(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "order": order,
         "trained": trained,
-        "optim": str(args.optim.value if args.optim != "muon" else args.optim),
+        "optim": args.optim if args.optim == "muon" else OptimizerNames(args.optim).value,
         "engine": "none" if engine == "ddp" else engine,
         "learning_rate": args.learning_rate,
     }

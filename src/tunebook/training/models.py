@@ -3,9 +3,10 @@
 import logging
 import re
 from pathlib import Path
+from typing import cast
 
 import torch
-from peft import PeftConfig
+from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -24,6 +25,7 @@ from trl.trainer.utils import create_model_from_path
 from ..data.tokenizer import end_of_turn_ids
 from ..errors import RecipeError
 from ..recipe import Recipe
+from ..recipe.configs import DPOConfig
 from .activation_checkpointing import accept_selective
 
 logger = logging.getLogger(__name__)
@@ -55,7 +57,7 @@ def load_model(
     args, peft_config = recipe.model, get_peft_config(recipe.model)
     model = read_model(architecture, recipe, args.model_name_or_path, args.model_revision)
     resized = fit_tokenizer(model, tokenizer)
-    if peft_config is not None and (resized or has_new_tokens(tokenizer, recipe)):
+    if isinstance(peft_config, LoraConfig) and (resized or has_new_tokens(tokenizer, recipe)):
         train_new_tokens(model, peft_config)
     if args.num_layers_unfrozen is not None:
         freeze_layers(model, args.num_layers_unfrozen)
@@ -66,6 +68,7 @@ def load_reference(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTra
     """Return DPO's reference: another model if the recipe names one, else the model before training; None where that is
     the model with its adapter off, or its log-probs are computed beforehand (`precompute_ref_log_probs`)."""
     args, name, revision = recipe.training, recipe.model.model_name_or_path, recipe.model.model_revision
+    assert isinstance(args, DPOConfig)
     if args.ref_model_name_or_path is not None:
         name, revision = args.ref_model_name_or_path, args.ref_model_revision or revision
     elif recipe.model.use_peft or args.precompute_ref_log_probs:
@@ -87,14 +90,14 @@ def read_model(architecture: type, recipe: Recipe, name: str, revision: str) -> 
         # Like TRL: accelerate places the model of a distributed run
         **({"device_map": None} if args.world_size > 1 or args.deepspeed_plugin else {}),
         **({"num_labels": 1} if rewards else {}),
-        **(args.model_init_kwargs or {}),
+        **(args.model_init_kwargs or {}),  # type: ignore[dict-item] # transformers has parsed text
     }
     set_seed(args.seed)  # a new reward head, and embeddings of new tokens, start at random
     try:
         if rewards:
             kwargs["key_mapping"] = head_mapping(name, kwargs["revision"], args.trust_remote_code)
         with suppress_seqcls_warning():
-            model = create_model_from_path(name, architecture, **kwargs)
+            model = create_model_from_path(name, architecture, **kwargs)  # type: ignore[arg-type]
     except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last: weights of other shapes
         raise RecipeError(f"{name} cannot be loaded: {error}") from error
     accept_selective(model)
@@ -104,7 +107,7 @@ def read_model(architecture: type, recipe: Recipe, name: str, revision: str) -> 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Give the model a row of embeddings for each token, and the tokenizer's EOS and pad ids; return whether there were
     too few rows."""
-    rows = model.get_input_embeddings().num_embeddings
+    rows = cast(int, model.get_input_embeddings().num_embeddings)
     resized = len(tokenizer) > rows
     if resized:
         model.resize_token_embeddings(len(tokenizer))
@@ -126,7 +129,7 @@ def has_new_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> bool:
     return not {*own.get_vocab(), tokenizer.pad_token}.issuperset(tokenizer.get_vocab())
 
 
-def train_new_tokens(model: PreTrainedModel, peft_config: PeftConfig) -> None:
+def train_new_tokens(model: PreTrainedModel, peft_config: LoraConfig) -> None:
     """Have PEFT train embeddings and head as a whole besides the adapter, or new tokens would keep their random start.
     It can train single rows of an embedding, but TRL's fused head (trl 1.16) cannot read a head tied to such rows."""
     modules = (model.get_input_embeddings(), model.get_output_embeddings())

@@ -68,7 +68,8 @@ class DPOObjective:
             logps: (2B, L - 1) log-probabilities of the policy, chosen first, 0 where there is no label.
             inputs: TRL's batch, with `completion_mask` (2B, L), `ref_chosen_logps` and `ref_rejected_logps` (B,).
         """
-        added, metrics = 0.0, {}
+        added: torch.Tensor | float = 0.0
+        metrics: dict[str, torch.Tensor] = {}
         if self.ipo_sum_weight:
             chosen, rejected = logps.sum(dim=1).chunk(2)
             delta = (chosen - inputs["ref_chosen_logps"]) - (rejected - inputs["ref_rejected_logps"])

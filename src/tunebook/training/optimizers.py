@@ -2,14 +2,18 @@
 
 import logging
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 
 from ..environment import launched_sharding
 from ..errors import user_errors
+from ..packing.context_parallel import TRLTrainer
+from ..packing.forward import without_adapter
+from ..recipe.configs import RunConfig
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +29,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
         }
         super().__init__(self.parts[False].param_groups + self.parts[True].param_groups, {})
 
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         loss = None if closure is None else torch.enable_grad()(closure)()
         for uses_muon, part in self.parts.items():
             # load_state_dict and FSDP put others in their place
@@ -35,14 +39,14 @@ class MuonWithAdamW(torch.optim.Optimizer):
         return loss
 
 
-def hidden_matrices(model: PreTrainedModel | PeftModel) -> set[torch.nn.Parameter]:
+def hidden_matrices(model: PreTrainedModel | PeftModel) -> set[torch.Tensor]:
     """Return the weights that Muon trains: those of the backbone's linear layers that are trained as a whole.
 
     Embeddings are not linear layers; LM heads and reward heads are not in the backbone. LoRA's matrices are factors of
     an update, not weights. Routers of a mixture of experts choose classes, as a head does; like stacked experts they
     are not linear layers in transformers 5 (AFMoE's router is one, and goes to Muon).
     """
-    backbone = (model.get_base_model() if isinstance(model, PeftModel) else model).base_model
+    backbone = without_adapter(model).base_model
     return {
         module.weight
         for name, module in backbone.named_modules()
@@ -50,9 +54,7 @@ def hidden_matrices(model: PreTrainedModel | PeftModel) -> set[torch.nn.Paramete
     }
 
 
-def build_muon(
-    model: PreTrainedModel | PeftModel, args: TrainingArguments, decayed: list[str]
-) -> torch.optim.Optimizer:
+def build_muon(model: PreTrainedModel | PeftModel, args: RunConfig, decayed: list[str]) -> torch.optim.Optimizer:
     """Return the optimizer of `model`. Under DeepSpeed it is DeepSpeed's own, since ZeRO's shards are not matrices.
 
     Args:
@@ -76,7 +78,7 @@ def build_muon(
     adamw = {"use_muon": False, "lr": args.learning_rate, "betas": betas, "eps": args.adam_epsilon}
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     rest = {name: p for name, p in trained.items() if p not in hidden}
-    groups = [
+    groups: list[dict[str, Any]] = [  # as torch has them
         {**adamw, "params": [p for name, p in rest.items() if name in decayed], "weight_decay": args.weight_decay},
         {**adamw, "params": [p for name, p in rest.items() if name not in decayed], "weight_decay": 0.0},
         {**muon, "params": [p for p in trained.values() if p in hidden]},
@@ -117,10 +119,10 @@ def log_groups(groups: list[dict[str, Any]], max_grad_norm: float) -> None:
         )
 
 
-class MuonMixin:
+class MuonMixin(TRLTrainer):
     """Mixin before a TRL trainer that has `optim: muon` and logs its learning rate."""
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: PreTrainedModel | PeftModel | None = None) -> torch.optim.Optimizer:
         if self.args.optim == "muon" and self.optimizer is None:
             model = self.model if model is None else model
             with user_errors():
@@ -131,10 +133,11 @@ class MuonMixin:
         # PATCH(transformers<5.25): the Trainer logs the learning rate of the first group only, read before the
         # schedule's next step. Waits for transformers/trainer.py:1420. Delete when it logs one per group.
         if self.args.optim == "muon":
+            assert self.optimizer is not None
             self.muon_learning_rate = self.optimizer.param_groups[-1]["lr"]
         return super()._get_learning_rate()
 
-    def log(self, logs: dict[str, float], *args) -> None:
+    def log(self, logs: dict[str, float], *args: float | None) -> None:
         if self.args.optim == "muon" and "learning_rate" in logs:
             logs["muon_learning_rate"] = self.muon_learning_rate
         super().log(logs, *args)

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from typing import TYPE_CHECKING, Never
 
 import numpy as np
 import pyarrow.compute as pc
@@ -15,12 +16,26 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from tqdm.auto import tqdm
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_pt_utils import get_model_param_count
 from trl.trainer.utils import get_peak_flops
 
 from ..following.trackers import COUNTERS
 from ..packing.batches import pair_lengths
+from ..packing.forward import without_adapter
+
+if TYPE_CHECKING:
+    from .resume import RunMixin
+else:
+    RunMixin = object
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +44,11 @@ class Progress(ProgressCallback):
     """Show a live line on a terminal; elsewhere, or with `disable_tqdm`, a plain line at each logging step. Evaluations
     are a line of their own. On rank 0."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    training_bar: "tqdm[Never] | None"  # type: ignore[assignment]
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.is_world_process_zero:
             self.start, self.first_step = time.monotonic(), state.global_step
             self.training_bar = tqdm(
@@ -41,11 +60,20 @@ class Progress(ProgressCallback):
             )
         self.current_step = state.global_step
 
-    def on_prediction_step(self, args, state, control, **kwargs):
+    def on_prediction_step(  # type: ignore[override]
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if not args.disable_tqdm and sys.stderr.isatty():
             super().on_prediction_step(args, state, control, **kwargs)
 
-    def on_log(self, args, state, control, logs, **kwargs):
+    def on_log(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float],
+        **kwargs: object,
+    ) -> None:
         place = f"step {state.global_step}/{state.max_steps}"
         evaluation = {name.removeprefix("eval_"): value for name, value in logs.items() if name.startswith("eval_")}
         if not state.is_world_process_zero:
@@ -70,7 +98,7 @@ class Progress(ProgressCallback):
             self.training_bar.write(line, file=sys.stderr)
 
 
-def next_checkpoint(args, state) -> list[str]:
+def next_checkpoint(args: TrainingArguments, state: TrainerState) -> list[str]:
     """Return when the next checkpoint is saved, in words; nothing where that is not known or there is none."""
     if args.save_strategy == "steps":
         step = math.ceil(state.global_step / state.save_steps) * state.save_steps
@@ -85,7 +113,7 @@ def show_progress(trainer: Trainer) -> None:
     trainer.add_callback(Progress())
 
 
-class ThroughputMixin:
+class ThroughputMixin(RunMixin):
     """Mixin before [`RunMixin`] that logs `tokens_per_second`, over all devices, counting both sides of a pair, and on
     CUDA `mfu`, a share. The time of evaluations and saves is not counted."""
 
@@ -93,7 +121,7 @@ class ThroughputMixin:
     counted = 0  # tokens before that
     reference_passes = 0  # of a model of the same size, per step
 
-    def training_step(self, *args, **kwargs):
+    def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
         if self.since is None:
             self.since, self.counted = time.perf_counter(), self._total_train_tokens
         return super().training_step(*args, **kwargs)
@@ -105,25 +133,25 @@ class ThroughputMixin:
         if self.since is not None:
             self.since += time.perf_counter() - start
 
-    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+    def evaluate(self, *args: object, **kwargs: object) -> dict[str, float]:
         with self._pause():
-            return super().evaluate(*args, **kwargs)
+            return super().evaluate(*args, **kwargs)  # type: ignore[arg-type]
 
-    def _save_checkpoint(self, *args, **kwargs) -> None:
+    def _save_checkpoint(self, *args: object, **kwargs: object) -> None:
         # PATCH(transformers<5.25): no hook comes before a save. Waits for transformers/trainer.py:3363. Delete when one
         # does.
         with self._pause():
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(*args, **kwargs)  # type: ignore[arg-type]
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs:
+    def log(self, logs: dict[str, float], *args: float | None) -> None:
+        if "loss" in logs and self.since is not None:
             now = time.perf_counter()
             rate = (self._total_train_tokens - self.counted) / (now - self.since)
             logs["tokens_per_second"] = round(rate, 1)
             if self.flops_per_token is not None:
                 logs["mfu"] = rate * self.flops_per_token / (peak_flops() * self.args.world_size)
             self.since, self.counted = now, self._total_train_tokens
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args)
 
     @cached_property
     def flops_per_token(self) -> float | None:
@@ -159,7 +187,7 @@ def token_lengths(dataset: Dataset, max_length: int | None, shares_prefix: bool)
     return float((lengths**2).sum() / lengths.sum()), float(share)
 
 
-def model_flops(model: torch.nn.Module, length: float, reference_passes: int = 0) -> float:
+def model_flops(model: PreTrainedModel | PeftModel, length: float, reference_passes: int = 0) -> float:
     """Return the FLOPs of a trained token: 6N + 12LHQT in full training (PaLM, appendix B,
     https://arxiv.org/abs/2204.02311), for N parameters, L layers of H heads of size Q, and rows of T tokens.
 
@@ -172,17 +200,18 @@ def model_flops(model: torch.nn.Module, length: float, reference_passes: int = 0
         length: T.
         reference_passes: forward passes of a reference model of the same size: 1 in DPO, which takes 8N.
     """
-    adapted = isinstance(model, PeftModel)
     trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
-    if adapted:  # counts quantized weights right
+    if isinstance(model, PeftModel):  # counts quantized weights right
         trained, total = model.get_nb_trainable_parameters()
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    own = without_adapter(model)
+    embeddings, head = own.get_input_embeddings(), own.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:
         looked_up = get_model_param_count(embeddings)
         total, trained = total - looked_up, trained - looked_up * embeddings.weight.requires_grad
-    config = model.config.get_text_config()
+    config = own.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (config.to_dict().get("head_dim") or config.hidden_size // heads)
     attention = 4 * config.num_hidden_layers * width * length
-    passed = 1.0 if adapted else trained / total  # the gradient stops at the lowest layer that is trained
+    # The gradient stops at the lowest layer that is trained
+    passed = 1.0 if isinstance(model, PeftModel) else trained / total
     return (1 + reference_passes) * (2 * total + attention) + passed * (2 * total + 2 * attention) + 2 * trained

@@ -6,7 +6,7 @@ from inspect import signature
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -15,6 +15,7 @@ from transformers import (
     Trainer,
 )
 from transformers.integrations import get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 from trl import get_peft_config
 
@@ -22,6 +23,7 @@ from ..errors import RecipeError, user_errors
 from ..files import check_output
 from ..packing import pack_causal_lm, pack_reward_model
 from ..recipe import Recipe
+from ..recipe.configs import DPOConfig, SFTConfig
 from .models import check_depth, check_model
 
 # Arguments of from_pretrained that are neither in its signature nor in a config
@@ -65,26 +67,27 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
         has_accelerator = torch.accelerator.is_available()
     if args.activation_offloading and not has_accelerator:
         raise RecipeError("`activation_offloading` moves activations off a GPU, and there is none. Remove the key.")
-    if recipe.task == "dpo" and args.ref_model_name_or_path is not None:
+    if isinstance(args, DPOConfig) and args.ref_model_name_or_path is not None:
         reference = args.ref_model_name_or_path, args.ref_model_revision
         check_model(*reference, args.trust_remote_code, key="ref_model_name_or_path")
     unknown = {name for name in args.model_init_kwargs or {} if not hasattr(config, name)} - LOADING
     if unknown:
         raise RecipeError(f"`model_init_kwargs`: neither the model's config nor its loading has {', '.join(unknown)}.")
-    model = build_skeleton(recipe, config)
+    skeleton = build_skeleton(recipe, config)
+    model: torch.nn.Module = skeleton
     if recipe.model.num_layers_unfrozen is not None:
         check_depth(config, recipe.model.num_layers_unfrozen)
-    if recipe.model.use_peft:
-        model = add_adapter(model, get_peft_config(recipe.model), recipe.task)
+    if isinstance(adapter := get_peft_config(recipe.model), LoraConfig):
+        model = add_adapter(skeleton, adapter, recipe.task)
     if args.optim != "muon":
         try:
-            Trainer.get_optimizer_cls_and_kwargs(args, model)
+            Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type] # an adapter, too
         except (ValueError, ImportError, RuntimeError, TypeError) as error:
-            raise RecipeError(f"`optim` {args.optim.value}: {error}") from error
+            raise RecipeError(f"`optim` {OptimizerNames(args.optim).value}: {error}") from error
     if args.packing:
         pack = pack_reward_model if recipe.task == "rm" else pack_causal_lm
         with user_errors():
-            pack(model, packing=True, **({} if recipe.task == "sft" else {"share_prefix": bool(args.share_prefix)}))
+            pack(model, True, not isinstance(args, SFTConfig) and bool(args.share_prefix))
 
 
 def refuse_few_rows(recipe: Recipe, rows: float) -> None:
@@ -112,9 +115,10 @@ def check_packages(recipe: Recipe) -> None:
 
 def build_skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
     """Return the model that a recipe trains on the meta device, where it has names and shapes and no weights."""
-    architecture, config = AutoModelForCausalLM, copy.deepcopy(config)
+    architecture = AutoModelForSequenceClassification if recipe.task == "rm" else AutoModelForCausalLM
+    config = copy.deepcopy(config)
     if recipe.task == "rm":
-        architecture, config.num_labels = AutoModelForSequenceClassification, 1
+        config.num_labels = 1
     args, attention = recipe.training, recipe.model.attn_implementation
     try:
         with torch.device("meta"):
@@ -126,7 +130,7 @@ def build_skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
         raise RecipeError(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def add_adapter(model: PreTrainedModel, config: PeftConfig, task: str) -> torch.nn.Module:
+def add_adapter(model: PreTrainedModel, config: LoraConfig, task: str) -> torch.nn.Module:
     """Return the skeleton with its adapter.
 
     Raises:

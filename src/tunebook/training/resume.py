@@ -2,14 +2,16 @@
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import xxhash
+from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import checkpoints
@@ -31,12 +33,11 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         record: what the run is made of, for the checkpoints' manifests: model, data, seed, recipe.
     """
 
-    shares_prefix = False  # of chosen and rejected
     loss_before = 0.0  # sum over the steps of earlier starts
     loads_optimizer = True  # when it resumes
     settings: Sequence[dict[str, Any]] = ()  # of each group of the optimizer, by the recipe
 
-    def __init__(self, *args, record: Mapping[str, Any], **kwargs):
+    def __init__(self, *args: object, record: checkpoints.Record, **kwargs: object):
         super().__init__(*args, **kwargs)
         # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
         # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
@@ -50,21 +51,26 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         self.record = {**record, "parameters": xxhash.xxh3_64_hexdigest(str(shapes).encode())}
 
     @property
+    def shares_prefix(self) -> bool:
+        """Return whether chosen and rejected share their prefix."""
+        return False
+
+    @property
     def global_batch_size(self) -> int:
         args = self.args
         return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.data_parallel_size
 
-    def get_train_dataloader(self) -> DataLoader:
+    def get_train_dataloader(self) -> DataLoader[Any]:
         batches = super().get_train_dataloader()
         if not len(batches):
             raise RecipeError(NO_BATCH)
         return batches
 
-    def order_settings(self) -> dict[str, Any]:
+    def order_settings(self) -> dict[str, int]:
         """Return the settings, by their names in the manifest, that the order of the rows depends on."""
         return {}
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, model: torch.nn.Module, trial: object) -> None:
         # PATCH(transformers<5.25): the Trainer deletes older checkpoints before the manifest makes the new one whole,
         # and at the end of training the last one for the best, after which the run would train on from the best; so it
         # sees no limit. Waits for transformers/trainer.py:3425. Delete when rotation is a callback's.
@@ -84,13 +90,15 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
                 checkpoints.rotate(output_dir, self.save_total_limit, self.args.save_total_gb, best, owing)
             self.accelerator.wait_for_everyone()
 
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: object = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """Evaluate, and check that there is the metric for the best model.
 
         Raises:
             RecipeError: there is not; before anything is saved by it.
         """
-        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
         best = self.args.metric_for_best_model
         if self.is_in_train and metric_key_prefix == "eval" and best is not None:
             names = [name.removeprefix("eval_") for name in metrics]
@@ -98,7 +106,7 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
                 raise RecipeError(f"`metric_for_best_model` {best}: the evaluation has {', '.join(names)}. Set one.")
         return metrics
 
-    def progress(self) -> dict[str, Any]:
+    def progress(self) -> dict[str, float]:
         """Return how far training has come, for a manifest."""
         epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
         return {
@@ -115,15 +123,20 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         """Return the loss, averaged over the steps of all starts of the run."""
         return (self.loss_before + self._total_loss_scalar + unlogged) / max(self.state.global_step, 1)
 
-    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+    def log(self, logs: dict[str, float], *args: float | None) -> None:
         # PATCH(transformers<5.25): its `train_loss` is of the last start's steps. Waits for
         # transformers/trainer.py:2008. Delete when it is of the whole run.
         if "train_loss" in logs:
             logs["train_loss"] = self.mean_loss()
-        super().log(logs, *args, **kwargs)
+        super().log(logs, *args)
 
     def _init_training_state(
-        self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: str | None,
+        trial: object,
     ) -> tuple[int, int]:
         """Return epoch and micro-batch to resume at. transformers resumes at the step's number, which is a different
         sample under a different global batch size: count the step anew from the samples.
@@ -143,7 +156,7 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         log.setLevel(level)
         if resume_from_checkpoint is None:
             return position
-        manifest = checkpoints.read_manifest(Path(resume_from_checkpoint))
+        manifest = checkpoints.whole_manifest(Path(resume_from_checkpoint))
         if manifest.get("parameters") not in (None, self.record["parameters"]):
             raise RecipeError(f"{resume_from_checkpoint} trained other parameters. {checkpoints.SET_BACK}.")
         self.state.compute_steps(self.args, max_steps)
@@ -162,7 +175,9 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         self.loss_before = manifest["train_loss"] * self.state.global_step
         return position
 
-    def _resume_at_sample(self, manifest, resume_from_checkpoint, num_update_steps_per_epoch) -> tuple[int, int]:
+    def _resume_at_sample(
+        self, manifest: checkpoints.Record, resume_from_checkpoint: str, num_update_steps_per_epoch: int
+    ) -> tuple[int, int]:
         samples = manifest["samples_in_epoch"]
         steps, rest = divmod(samples, self.global_batch_size)
         if rest:
@@ -186,14 +201,14 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         logger.warning("The best checkpoint, %s, is not there any more. The best is sought from here on.", path)
         state.best_model_checkpoint = state.best_global_step = state.best_metric = None
 
-    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+    def create_optimizer(self, model: PreTrainedModel | PeftModel | None = None) -> torch.optim.Optimizer:
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new:
             self.settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return optimizer
 
-    def _load_optimizer_and_scheduler(self, checkpoint) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # PATCH(transformers<5.25): optimizer and schedule resume with the checkpoint's settings, whatever the recipe
         # says now, and at its step, whatever the new batch size makes of it. Waits for transformers/trainer.py:3894.
         # Delete when it resumes at a sample, with the settings of its arguments.
@@ -201,7 +216,8 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
             return
         if self.loads_optimizer:
             super()._load_optimizer_and_scheduler(checkpoint)
-        before = checkpoints.read_manifest(Path(checkpoint)).get("learning_rate", self.args.learning_rate)
+        assert self.optimizer is not None
+        before = checkpoints.whole_manifest(Path(checkpoint)).get("learning_rate", self.args.learning_rate)
         for group, settings in zip(self.optimizer.param_groups, self.settings, strict=False):
             scale = settings["lr"] / group["initial_lr"] if "initial_lr" in group else self.args.learning_rate / before
             group |= {**settings, "lr": group["lr"] * scale}
@@ -212,7 +228,7 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
             with warnings.catch_warnings(action="ignore", category=UserWarning):  # no step of a new optimizer before
                 self.lr_scheduler.step()
 
-    def _run_epoch(self, *args, **kwargs) -> None:
+    def _run_epoch(self, *args: object, **kwargs: object) -> None:
         # PATCH(transformers<5.25): a finished run of `max_steps` is trained one step further each time it is started
         # again. Waits for transformers/trainer.py:1827. Delete when the epoch's loop checks max_steps first.
         if self.state.global_step >= self.state.max_steps:
@@ -229,9 +245,9 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         self.save_model(self.args.output_dir)
         self.create_model_card()
 
-    def create_model_card(self, *args, **kwargs) -> None:
+    def create_model_card(self, *args: object, **kwargs: object) -> None:
         """Write TRL's model card, with the recipe and the counts of rows."""
-        super().create_model_card(*args, **kwargs)
+        super().create_model_card(*args, **kwargs)  # type: ignore[arg-type]
         if self.is_world_process_zero():
             recipe = write_yaml(self.record["recipe"]).rstrip()
             rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())

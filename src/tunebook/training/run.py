@@ -29,7 +29,7 @@ from ..following.report import RECORD_FILE
 from ..following.scores import ROWS_FILE
 from ..following.trackers import set_wandb_environment
 from ..recipe import Recipe
-from ..recipe.configs import CausalLMConfig, count_groups, has_fast_bf16
+from ..recipe.configs import CausalLMConfig, SFTConfig, count_groups, has_fast_bf16
 from .holding import SigtermCallback, from_main_process
 from .identity import describe_run
 from .models import check_model
@@ -82,7 +82,7 @@ def prepare(recipe: Recipe) -> Run:
     record |= describe_data(recipe, data)
     if checkpoint is not None:
         checkpoints.check_resume(checkpoint, record, args.force_resume)
-        record["resumed_from"] = [*checkpoints.read_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
+        record["resumed_from"] = [*checkpoints.whole_manifest(checkpoint).get("resumed_from", []), checkpoint.name]
         logger.info("Resuming from %s (resume_from_checkpoint: %s).", checkpoint, args.resume_from_checkpoint)
     if PartialState().is_main_process:
         write_record(recipe, record, data)
@@ -145,7 +145,7 @@ def log_resolved(recipe: Recipe) -> None:
         logger.warning(message, model_args.attn_implementation)
     rows = args.per_device_train_batch_size
     batch = f"{rows * args.data_parallel_size * args.gradient_accumulation_steps} rows per step = {rows}"
-    if recipe.task != "sft" and args.max_tokens_per_batch:
+    if not isinstance(args, SFTConfig) and args.max_tokens_per_batch:
         batch = f"up to {args.max_tokens_per_batch:,} packed tokens"
     sharing = f" / {args.context_parallel_size} that share a row" if args.context_parallel_size > 1 else ""
     steps = args.gradient_accumulation_steps
@@ -172,7 +172,7 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
     for callback in [*callbacks, SigtermCallback(trainer)]:
         trainer.add_callback(callback)
     trainer.loads_optimizer = run.loads_optimizer
-    result = trainer.train(resume_from_checkpoint=run.checkpoint and str(run.checkpoint))
+    result = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     with checkpoints.saving("The model", output_dir):
         (output_dir / "all_results.json").unlink(missing_ok=True)  # a full disk may have cut it; it is written anew
         trainer.log_metrics("train", result.metrics)

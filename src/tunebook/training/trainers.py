@@ -6,20 +6,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
 import torch
 import trl
 from datasets import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
+from trl.trainer.utils import FusedCausalLMOutput
 
+from ..checkpoints import Record
 from ..environment import launched_sharding
 from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
 from ..packing import pack_causal_lm, pack_reward_model
 from ..packing.batches import TokenBatchSampler, decides_sharing, pair_lengths
+from ..packing.forward import RewardOutput
+from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
 from .models import rename_head
 from .objectives import DPOObjective, reward_loss
 from .progress import ThroughputMixin
@@ -29,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 
 @contextmanager
-def overridden(args: Any, **values: Any) -> Iterator[None]:
+def overridden(args: object, **values: object) -> Iterator[None]:
     """Set attributes of `args` while TRL reads them."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
@@ -49,26 +55,31 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
     """TRL's SFTTrainer: the cross-entropy of the labelled tokens, averaged over those of the step. It scores the
     labelled positions only, and packed rows need no flash-attn."""
 
-    def __init__(self, *, args, **kwargs):
+    args: SFTConfig
+
+    def __init__(self, *, args: SFTConfig, record: Record, **kwargs: object):
         with user_errors():
             with overridden(args, assistant_only_loss=False, **SETTLED):
-                super().__init__(args=args, **kwargs)
+                super().__init__(args=args, record=record, **kwargs)
             pack_causal_lm(self.model, packing=args.packing, context=self.context)
 
-    def _prepare_dataset(self, dataset: Dataset, processing_class, args, packing: bool, *rest) -> Dataset:
+    def _prepare_dataset(
+        self, dataset: Dataset, processing_class: object, args: trl.SFTConfig, packing: bool, *rest: object
+    ) -> Dataset:
         # PATCH(trl<1.17): TRL walks through tokenized rows one by one; of that only packing is wanted. Waits for
         # trl/trainer/sft_trainer.py:1228. Delete when rows with input_ids and labels are taken as they are.
         if packing:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)
+            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)  # type: ignore[arg-type]
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
 
 
 class PairPackingMixin(ThroughputMixin, RunMixin):
     """Mixin of the two preference trainers: whether the prefix is shared, and batches of even packed length."""
 
+    args: RewardConfig | DPOConfig
     batches: TokenBatchSampler | None = None
 
-    def _prepare_dataset(self, dataset: Dataset, *rest) -> Dataset:
+    def _prepare_dataset(self, dataset: Dataset, *rest: object) -> Dataset:
         # PATCH(trl<1.17): TRL walks through tokenized pairs one by one, and drops other columns. Waits for
         # trl/trainer/dpo_trainer.py:1036. Delete when rows with token ids are taken as they are.
         return dataset
@@ -90,13 +101,14 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         )
         return decided
 
-    def order_settings(self) -> dict[str, Any]:
+    def order_settings(self) -> dict[str, int]:
         args = self.args
         settings = {"global_batch_size": self.global_batch_size, "share_prefix": self.shares_prefix}
-        processes = {"world_size": args.world_size} if args.max_tokens_per_batch else {}
-        return settings | processes if args.packing else {}
+        if args.max_tokens_per_batch:
+            settings["world_size"] = args.world_size
+        return settings if args.packing else {}
 
-    def _get_train_sampler(self, train_dataset=None):
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> torch.utils.data.Sampler[int] | None:
         # PATCH(transformers<5.25): the Trainer takes batches instead of rows only from this method, as a
         # BatchRebalanceSampler. Waits for transformers/trainer.py:1038. Delete when it takes a batch sampler.
         args = self.args
@@ -116,10 +128,10 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
             )
         return self.batches
 
-    def _init_training_state(self, *args) -> tuple[int, int]:
+    def _init_training_state(self, *args: object, **kwargs: object) -> tuple[int, int]:
         # PATCH(transformers<5.25): the Trainer cannot reach a batch sampler's epoch behind the batches that a resumed
         # run skips. Waits for transformers/trainer.py:1678. Delete when it sets the epoch of what it wraps.
-        position = super()._init_training_state(*args)
+        position = super()._init_training_state(*args, **kwargs)  # type: ignore[arg-type]
         if self.batches is not None:
             self.batches.set_epoch(position[0])
         return position
@@ -144,12 +156,18 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
     https://arxiv.org/abs/2101.03961, equations 4 to 6), over all layers, as transformers' Mixtral has it.
     """
 
-    def __init__(self, *, args, processing_class, **kwargs):
+    args: RewardConfig
+
+    def __init__(
+        self, *, args: RewardConfig, processing_class: PreTrainedTokenizerBase, record: Record, **kwargs: object
+    ):
         self.evaluated: list[torch.Tensor] = []  # of each batch, (pairs, 3): both rewards and the number of the subset
-        collator = SubsetCollator(processing_class.pad_token_id, args.pad_to_multiple_of)
+        collator = SubsetCollator(processing_class.pad_token_id, args.pad_to_multiple_of)  # type: ignore[arg-type]
         with user_errors():
             with overridden(args, **SETTLED):
-                super().__init__(args=args, processing_class=processing_class, data_collator=collator, **kwargs)
+                super().__init__(
+                    args=args, processing_class=processing_class, data_collator=collator, record=record, **kwargs
+                )
             if args.router_aux_loss_coef and "output_router_logits" not in self.model.config.to_dict():
                 raise ValueError("`router_aux_loss_coef`: the model is not a mixture of experts. Remove the key.")
             pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
@@ -157,15 +175,20 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
     def _set_signature_columns_if_needed(self) -> None:
         # PATCH(trl<1.17): TRL's list of columns has no subset. Waits for trl/trainer/reward_trainer.py:744. Delete when
         # the columns follow from the collator.
-        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "subset"]
+        self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "subset"]  # type: ignore[assignment]
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, RewardOutput]:
         """Return [`reward_loss`], plus `router_aux_loss_coef` * the load-balancing loss."""
         metrics = self._metrics["train" if model.training else "eval"]
         args, margin, subset = self.args, inputs.pop("margin", 0.0), inputs.pop("subset", None)
-        if args.router_aux_loss_coef:
-            inputs["output_router_logits"] = True
-        outputs = model(**inputs, use_cache=False)
+        options = {"output_router_logits": True} if args.router_aux_loss_coef else {}
+        outputs = model(**inputs, **options, use_cache=False)
         logits = outputs.logits.float() if args.fp32_loss else outputs.logits
         chosen, rejected = logits.squeeze(-1).chunk(2)
         loss = reward_loss(chosen, rejected, margin, args)
@@ -187,10 +210,10 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
             self.evaluated.append(pairs.float().cpu())
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args, **kwargs):
+    def evaluation_loop(self, *args: object, **kwargs: object) -> EvalLoopOutput:
         """Evaluate with every pair counted once, also those of the last batch; TRL averages over batches."""
         self.evaluated.clear()
-        result = super().evaluation_loop(*args, **kwargs)
+        result = super().evaluation_loop(*args, **kwargs)  # type: ignore[arg-type]
         pairs = torch.cat(self.evaluated)
         if self.is_world_process_zero():
             rewards = pd.DataFrame(pairs[:, :2].numpy(), columns=["chosen", "rejected"])
@@ -216,7 +239,7 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
 
 
 @contextmanager
-def offloaded_parameters(args) -> Iterator[None]:
+def offloaded_parameters(args: DPOConfig) -> Iterator[None]:
     """Let the engine that TRL makes for the reference under ZeRO-3 keep its parameters on the CPU (`ref_offload`)."""
     # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and no argument changes the copy. Waits for
     # trl/models/utils.py:255. Delete when prepare_deepspeed takes a config.
@@ -224,6 +247,7 @@ def offloaded_parameters(args) -> Iterator[None]:
         yield
         return
     plugin = args.deepspeed_plugin
+    assert plugin is not None
     before = plugin.deepspeed_config["zero_optimization"].get("offload_param", {"device": "none"})
     plugin.deepspeed_config["zero_optimization"]["offload_param"] = {"device": "cpu"}
     try:
@@ -236,12 +260,14 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
     """TRL's DPOTrainer (https://arxiv.org/abs/2305.18290) with the objectives that it lacks: cDPO, IPO on sums, and the
     negative log-likelihood of the chosen side; [`DPOObjective`] has their formulas."""
 
+    args: DPOConfig
+    objective: DPOObjective
     patched = False
 
-    def __init__(self, *, args, ref_model=None, **kwargs):
+    def __init__(self, *, args: DPOConfig, record: Record, ref_model: PreTrainedModel | None = None, **kwargs: object):
         self.reference_passes = int(not args.precompute_ref_log_probs)
         with user_errors(), overridden(args, model_init_kwargs=None), offloaded_parameters(args):
-            super().__init__(args=args, ref_model=ref_model, **kwargs)
+            super().__init__(args=args, ref_model=ref_model, record=record, **kwargs)
         self._patch_forwards()
         self.settle_objective()
 
@@ -260,12 +286,12 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
                     unwrapped = self.accelerator.unwrap_model(model)
                     pack_causal_lm(unwrapped, self.args.packing, self.shares_prefix, self.context)
 
-    def _precompute_ref_logps(self, *args) -> Dataset:
+    def _precompute_ref_logps(self, *args: object) -> Dataset:
         # PATCH(trl<1.17): TRL caches reference log-probs by data set and model only, although they also depend on
         # `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when it is in the hash.
         self._patch_forwards()
         with overridden(self, _precompute_model_hash=(self._precompute_model_hash, self.args.ld_alpha)):
-            return super()._precompute_ref_logps(*args)
+            return super()._precompute_ref_logps(*args)  # type: ignore[arg-type]
 
     @contextmanager
     def reference(self) -> Iterator[torch.nn.Module]:
@@ -273,29 +299,35 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         # ZeRO-3 and fsdp2_offload bring it layer by layer themselves; fsdp2 moves each rank's shards
         sharding = launched_sharding(self.args)
         offloads_itself = sharding.is_zero3 or (sharding.engine == "fsdp" and sharding.offload_weights)
-        if not self.args.ref_offload or offloads_itself:
+        if not self.args.ref_offload or offloads_itself or self.ref_model is None:
             yield self.ref_model or self.model
             return
         reference = self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
         yield self.ref_model
         reference.to("cpu")
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, FusedCausalLMOutput | None]:
         """Return TRL's loss plus our terms, from a reference computed here and the policy's recorded outputs."""
         if not self.precompute_ref_logps:
             with self.reference() as reference:
                 chosen, rejected = self.compute_ref_log_probs(reference, inputs)
             inputs = {**inputs, "ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
-        policy = []
+        policy: list[FusedCausalLMOutput] = []
 
-        def recorded(*args, **kwargs):
+        def recorded(*args: object, **kwargs: object) -> FusedCausalLMOutput:
             policy.append(model(*args, **kwargs))
             return policy[0]
 
         with overridden(self, precompute_ref_logps=True):
             result = super().compute_loss(recorded, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
-        added, metrics = self.objective.added_terms(policy[0].log_probs, inputs, self.beta)
+        added, metrics = self.objective.added_terms(cast(torch.Tensor, policy[0].log_probs), inputs, self.beta)
         for name, value in metrics.items():
             mode = "train" if self.model.training else "eval"
             self._metrics[mode][name].append(self.accelerator.gather_for_metrics(value).mean().item())
