@@ -20,10 +20,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
+import yaml
+
 DATE = "2026-01-01T00:00:00.000Z"
 MODEL_API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/(\S+))?")
 LFS_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/batch")
 LFS_OBJECT = re.compile(r"/lfs-objects/([0-9a-f]{64})")
+MODEL_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -143,7 +146,7 @@ class HubServer:
             role = token.removeprefix("hf_")
             return 200, {}, {"type": "user", "name": "tester", "orgs": [], "auth": {"accessToken": {"role": role}}}
         if path == "/api/validate-yaml":
-            return 200, {}, {"errors": [], "warnings": []}
+            return self.validate_card(json.loads(body)["content"])
         if method in ("POST", "PUT", "DELETE") and token != "hf_write" and not path.startswith("/lfs-objects/"):
             return (403 if token else 401), {}, {"error": "This token may not write"}
         if path == "/api/repos/create":
@@ -161,6 +164,16 @@ class HubServer:
                 return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "Repository not found"}
             return self.model_api(method, self.repos[match[1]], match[2] or "", body)
         return 404, {}, {"error": f"no route {method} {path}"}
+
+    @staticmethod
+    def validate_card(text: str):
+        """Refuse a card as the Hub does: a base model is the id of a model."""
+        match = re.match(r"---\n(.*?)^---", text, re.DOTALL | re.MULTILINE)
+        data = yaml.safe_load(match[1]) or {} if match else {}
+        bases = data.get("base_model") or []
+        wrong = [base for base in ([bases] if isinstance(bases, str) else bases) if not MODEL_ID.fullmatch(base)]
+        errors = [{"message": f'"base_model" with value "{base}" is not valid. Use a model id'} for base in wrong]
+        return 400 if errors else 200, {}, {"errors": errors, "warnings": []}
 
     def create_repo(self, request: dict):
         repo_id = f"{request.get('organization') or 'tester'}/{request['name']}"

@@ -30,6 +30,8 @@ from .activation_checkpointing import accept_selective
 
 logger = logging.getLogger(__name__)
 
+SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+
 
 def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "model_name_or_path") -> PreTrainedConfig:
     """Return a model's config; fail before the data is tokenized where there is no such model.
@@ -118,7 +120,22 @@ def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = end_of_turn_ids(tokenizer, model.generation_config.eos_token_id)
+        repair_generation_config(model)
     return resized
+
+
+def repair_generation_config(model: PreTrainedModel) -> None:
+    """Leave out of the generation config the values of sampling where `do_sample` is false, as in Vicuna and Llama 2:
+    transformers would refuse to save them at the end of the run."""
+    config = model.generation_config
+    try:
+        config.validate(strict=True)
+    except ValueError as error:
+        if not config.do_sample:
+            for name in SAMPLING:
+                setattr(config, name, None)
+        text = "The model's generation_config.json could not be saved as it is, so what does not fit is left out: %s"
+        logger.warning(text, " ".join(str(error).split())[:300])
 
 
 def has_new_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> bool:

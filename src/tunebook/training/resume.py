@@ -1,6 +1,8 @@
 """Checkpoints that are whole or absent, and runs that resume at the sample where their checkpoint stopped."""
 
 import logging
+import re
+import shutil
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +10,9 @@ from typing import Any
 
 import torch
 import xxhash
+from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
@@ -25,6 +30,17 @@ from .refusals import NO_BATCH
 
 logger = logging.getLogger(__name__)
 
+CARD = "README.md"
+
+
+def is_on_hub(name: str) -> bool:
+    """Return whether a model's name is one of the Hub, not a local folder's."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
+
 
 class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
     """Mixin before a TRL trainer that saves complete checkpoints only, and resumes at the sample where they stopped.
@@ -34,6 +50,8 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
     """
 
     loss_before = 0.0  # sum over the steps of earlier starts
+    evaluated_step: int | None = None
+    evaluation: dict[str, float]  # at that step
     loads_optimizer = True  # when it resumes
     settings: Sequence[dict[str, Any]] = ()  # of each group of the optimizer, by the recipe
 
@@ -81,6 +99,8 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
                 checkpoints.begin(output_dir / name)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
+            if self.args.should_save:  # over PEFT's, which names the path of the base model
+                shutil.copyfile(output_dir / CARD, output_dir / name / CARD)
             unlogged = self.accelerator.reduce(self._tr_loss, "mean").item()
             if self.args.should_save:
                 record = {**self.record, **self.progress(), "train_loss": self.mean_loss(unlogged)}
@@ -99,12 +119,19 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
             RecipeError: there is not; before anything is saved by it.
         """
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)  # type: ignore[arg-type]
+        if eval_dataset is None and metric_key_prefix == "eval":
+            self.evaluated_step, self.evaluation = self.state.global_step, dict(metrics)
         best = self.args.metric_for_best_model
         if self.is_in_train and metric_key_prefix == "eval" and best is not None:
             names = [name.removeprefix("eval_") for name in metrics]
             if best.removeprefix("eval_") not in names:
                 raise RecipeError(f"`metric_for_best_model` {best}: the evaluation has {', '.join(names)}. Set one.")
         return metrics
+
+    def evaluate_final(self) -> dict[str, float]:
+        """Return the evaluation of the final model, which may have been made at the last step."""
+        is_last = not self.args.load_best_model_at_end or self.state.best_global_step == self.state.global_step
+        return self.evaluation if is_last and self.evaluated_step == self.state.global_step else self.evaluate()
 
     def progress(self) -> dict[str, float]:
         """Return how far training has come, for a manifest."""
@@ -246,11 +273,21 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         self.create_model_card()
 
     def create_model_card(self, *args: object, **kwargs: object) -> None:
-        """Write TRL's model card, with the recipe and the counts of rows."""
-        super().create_model_card(*args, **kwargs)  # type: ignore[arg-type]
-        if self.is_world_process_zero():
-            recipe = write_yaml(self.record["recipe"]).rstrip()
-            rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
-            with open(Path(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
-                # Tildes, since a chat template may hold a fence of backticks
-                card.write(f"\n## Recipe\n\n~~~~yaml\n{recipe}\n~~~~\n\n## Data\n\n{rows}\n")
+        """Write TRL's model card, with the recipe and the counts of rows, under the name of the Hub or the folder. A
+        base model that is not on the Hub is named by its folder, without the path."""
+        if not self.is_world_process_zero():
+            return
+        output_dir, base = Path(self.args.output_dir), self.record["model"]
+        model_name = (self.args.hub_model_id or output_dir.resolve().name).split("/")[-1]
+        super().create_model_card(*args, **{**kwargs, "model_name": model_name})  # type: ignore[arg-type]
+        card = ModelCard.load(output_dir / CARD)
+        if not is_on_hub(base):
+            base, card.data.base_model = Path(base).resolve().name, None
+            card.text = re.sub(r"\[.*\]\(https://huggingface.co/.*\)", f"`{base}`", card.text, count=1)
+        card.data.library_name = "peft" if isinstance(self.model, PeftModel) else "transformers"
+        card.text = card.text.replace('model="None"', f'model="{self.args.hub_model_id or model_name}"')
+        recipe = write_yaml(self.record["recipe"]).rstrip()
+        rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
+        # Tildes, since a chat template may hold a fence of backticks
+        card.text += f"\n\n## Recipe\n\n~~~~yaml\n{recipe}\n~~~~\n\n## Data\n\n{rows}\n"
+        card.save(output_dir / CARD)

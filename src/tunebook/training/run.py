@@ -178,7 +178,7 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
         trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         if args.do_eval:
-            metrics = trainer.evaluate()
+            metrics = trainer.evaluate_final()
             trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
         trainer.save_final()
