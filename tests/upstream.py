@@ -35,10 +35,10 @@ LIBRARIES = {
 INTRODUCTION = """\
 # Upstream
 
-Tunebook changes TRL, transformers, accelerate, huggingface_hub and DeepSpeed in the places below, where they have no
-public way yet. Each place carries a header with its cause and its end; `python tests/upstream.py` writes this page from
-the headers. A test fails when an installed version is past a bound: look whether the patch is still needed, then delete
-it or raise the bound. `make upstream` runs the suite with the newest releases.
+Tunebook changes TRL, transformers, accelerate, datasets, huggingface_hub and DeepSpeed in the places below, where they
+have no public way yet. Each place carries a header with its cause and its end; `python tests/upstream.py` writes this
+page from the headers. A test fails when an installed version is past a bound: look whether the patch is still needed,
+then delete it or raise the bound. `make upstream` runs the suite with the newest releases.
 
 """
 HEADER = re.compile(

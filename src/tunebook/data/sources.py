@@ -1,6 +1,5 @@
 """The rows that a recipe reads: training and evaluation, from files, folders, save_to_disk folders and the Hub."""
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,17 +7,14 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
-from datasets import Dataset, DatasetDict, Features, Value
+from datasets import Dataset, DatasetDict
 
 from ..errors import RecipeError
 from ..files import shipped
 from ..recipe import Recipe
 from ..recipe.configs import DatasetConfig
+from .files import find_splits, kind_of, saved_splits, take_split
 from .layouts import choose_columns
-
-FORMATS = {"json": "json", "jsonl": "json", "csv": "csv", "tsv": "csv", "parquet": "parquet", "arrow": "arrow"}
-COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 
 
 @dataclass(frozen=True)
@@ -113,8 +109,9 @@ def read_evaluation(recipe: Recipe) -> tuple[str, Dataset]:
     """Read `eval_dataset_name`, else `dataset_test_split` of `dataset_name`; return its name and rows."""
     script, split = recipe.script, recipe.script.dataset_test_split
     if name := script.eval_dataset_name:
-        is_file = shipped(Path(name).expanduser()).is_file()
-        rows = load_source(name, "train" if is_file else split)  # a file has one split, whatever it is for
+        location = shipped(Path(name).expanduser())
+        is_one = location.is_file() or (location / "state.json").is_file()  # one split, whatever it is for
+        rows = load_source(name, "train" if is_one else split)
     elif name := script.dataset_name:
         rows = load_source(name, split, script.dataset_config)
     else:
@@ -149,64 +146,33 @@ def split_rows(dataset: Dataset, test_size: float, seed: int, path: str) -> Data
 def load_source(
     path: str, split: str, name: str | None = None, data_dir: str | None = None, data_files: object = None
 ) -> Dataset:
-    """Load one split of a Hub data set, a local file, a folder of files, or a folder of `save_to_disk`.
+    """Load one split of a local file, a folder of files, a folder of `save_to_disk`, or a Hub data set.
+
+    Args:
+        split: its name, or an expression of `datasets`, such as train[:1000] or train+test.
 
     Raises:
-        RecipeError: when it does not exist, cannot be reached or read (with file and line for JSON lines), has no rows,
-            or has no such split.
+        RecipeError: when it does not exist, cannot be reached or read (with file, line and column where the format has
+            them), has no rows, or has no such split.
     """
     location = shipped(Path(path).expanduser())
-    is_hub_id = not path.startswith((".", "/", "~")) and path.count("/") <= 1 and location.suffix[1:] not in FORMATS
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or kind_of(path) is not None
+    is_loader = path in ("json", "csv", "text", "parquet", "arrow")  # of `datasets`, for `data_files`
     try:
         if location.is_file():
-            dataset = load_file(location, split)
-        elif any((location / state).is_file() for state in ("state.json", "dataset_dict.json")):
-            dataset = datasets.load_from_disk(str(location))
-            if isinstance(dataset, DatasetDict):
-                if split not in dataset:
-                    raise RecipeError(f"{path} has no split {split!r}. Splits: {', '.join(dataset)}.")
-                dataset = dataset[split]
-        elif location.is_dir() or is_hub_id:
-            source = str(location) if location.is_dir() else path
-            dataset = datasets.load_dataset(source, name, data_dir=data_dir, data_files=data_files, split=split)
-        else:
+            if name or data_dir or data_files:
+                raise RecipeError(f"{path} is a file: `name`, `data_dir` and `data_files` are for folders and the Hub.")
+            dataset = take_split({"train": [location]}, split)
+        elif location.is_dir():
+            dataset = take_split(saved_splits(location) or find_splits(location, name, data_dir, data_files), split)
+        elif is_path or (is_loader and not data_files):
             raise RecipeError(f"{path}: no such file or folder, and not a Hub id (owner/name).")
+        else:
+            dataset = datasets.load_dataset(path, name, data_dir=data_dir, data_files=data_files, split=split)
     except RecipeError:
         raise
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise RecipeError(broken_json_line(location) or f"{path} cannot be loaded: {error}") from error
+        raise RecipeError(f"{path} cannot be loaded: {error}") from error
     if len(dataset) == 0:
         raise RecipeError(f"{path} has no rows in split {split!r}.")
     return dataset
-
-
-def load_file(path: Path, split: str) -> Dataset:
-    suffixes = [suffix.lstrip(".").lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in COMPRESSIONS:
-        suffixes.pop()
-    if not suffixes or suffixes[-1] not in FORMATS:
-        known = f"{', '.join(FORMATS)}, each also as {' or '.join(COMPRESSIONS)}"
-        raise RecipeError(f"{path}: unknown kind of file. Known: {known}.")
-    if path.stat().st_size == 0:
-        raise RecipeError(f"{path} is empty.")
-    kind = FORMATS[suffixes[-1]]
-    options: dict[str, Any] = {}
-    if kind == "csv":  # all columns are text, or one of answers such as 42 would become numbers
-        options = {"sep": "\t" if suffixes[-1] == "tsv" else ",", "keep_default_na": False}
-        columns = pd.read_csv(path, sep=options["sep"], nrows=0).columns
-        options["features"] = Features({name: Value("string") for name in columns})
-    return datasets.load_dataset(kind, data_files=str(path), split=split, **options)
-
-
-def broken_json_line(path: Path) -> str | None:
-    """Return which line of a JSON lines file is not JSON, if any: the readers give a position in a block of rows."""
-    if path.suffix not in (".json", ".jsonl") or not path.is_file():
-        return None
-    with open(path, encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            try:
-                if line.strip():
-                    json.loads(line)
-            except json.JSONDecodeError as error:
-                return f"{path}, line {number}: not JSON ({error.msg}): {line.strip()[:80]}"
-    return None
