@@ -1,6 +1,7 @@
 """What the launcher's environment says: ranks, FSDP, DeepSpeed. No other module reads it."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,14 @@ class Sharding:
     @property
     def is_zero3(self) -> bool:
         return self.engine == "deepspeed" and self.stage == 3
+
+
+SECRET = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD|PASSWD|CREDENTIALS)$")
+
+
+def secrets() -> dict[str, str]:
+    """Return the environment's variables that hold secrets, as their names say."""
+    return {name: value for name, value in os.environ.items() if SECRET.search(name.upper()) and len(value) >= 8}
 
 
 def rank() -> int:

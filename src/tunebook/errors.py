@@ -2,6 +2,8 @@
 
 import logging
 import os
+import re
+import reprlib
 import signal
 import sys
 import threading
@@ -15,6 +17,50 @@ from types import FrameType
 from . import environment
 
 logger = logging.getLogger(__name__)
+
+
+LINE = 2000  # characters of a line of a message
+PASSWORD = re.compile(r"(://[^/\s:@]*:)[^/\s@]+(?=@)|([?&](?:\w*token|\w*key|password|sig|signature)=)[^&\s]+", re.I)
+BRIEF = reprlib.Repr()
+BRIEF.maxlevel, BRIEF.maxstring, BRIEF.maxother = 3, 150, 150
+
+
+def mask(text: str) -> str:
+    """Return text with the passwords and tokens in its addresses masked."""
+    return PASSWORD.sub(r"\1\2***", text)
+
+
+def plain(text: object, limit: int | None = None) -> str:
+    """Return text that others may have written as a terminal and a file may hold it.
+
+    Control characters are escaped, but for tabs and line breaks, and passwords in addresses are masked.
+
+    Args:
+        limit: characters to keep, half of them from the end. Default: all.
+    """
+    text = mask(str(text))
+    if limit is not None and len(text) > limit:
+        text = f"{text[: limit // 2]} [...] {text[-(limit // 2) :]}"
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def brief(value: object) -> str:
+    """Return the representation of a value, of any size, in at most about 200 characters."""
+    return plain(BRIEF.repr(value), 200)
+
+
+class PlainFormatter(logging.Formatter):
+    """Formats a record as a [`plain`] message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return "\n".join(plain(line, LINE) for line in super().format(record).split("\n"))
+
+
+def set_up_log() -> None:
+    """Log messages, and nothing else, to stderr, unless a log is set up already."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
 
 
 class RecipeError(ValueError):
@@ -86,6 +132,22 @@ def user_errors(*errors: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
+def foreign(what: str, fault: str = "cannot be loaded") -> Iterator[None]:
+    """Turn all that a library raises about what others wrote, a model's folder or a template, into one message.
+
+    Raises:
+        RecipeError: "<what> <fault>: <the first line of the error>".
+    """
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        said = str(error).strip() if isinstance(error, OSError | ValueError) else repr(error)
+        raise RecipeError(f"{what} {fault}: {plain(said.partition(chr(10))[0], 500)}") from error
+
+
+@contextmanager
 def exit_on_error() -> Iterator[None]:
     """End the process with one message and the error's exit code when a [`RecipeError`] is raised inside.
 
@@ -94,6 +156,7 @@ def exit_on_error() -> Iterator[None]:
     speaks. The others wait, since the launcher ends all processes with the first one that fails, and speak only when
     rank 0 found nothing wrong. Ctrl-C and SIGTERM end the process in the same way; see [`Interrupted`].
     """
+    set_up_log()
     if environment.shows_tracebacks():
         logging.getLogger("tunebook").setLevel(logging.DEBUG)
     else:
@@ -108,7 +171,7 @@ def exit_on_error() -> Iterator[None]:
             time.sleep(30)
         if logger.isEnabledFor(logging.DEBUG):
             traceback.print_exc()
-        sys.stderr.write("".join(f"error: {line}\n" for line in str(error).splitlines()))
+        sys.stderr.write("".join(f"error: {plain(line, LINE)}\n" for line in str(error).splitlines()))
         sys.stderr.flush()
         os._exit(error.exit_code)  # a normal exit would wait for the other ranks in torch.distributed's clean-up
     except Interrupted as error:

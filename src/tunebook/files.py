@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
+from rich.markup import escape
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import ScalarNode
 from ruamel.yaml.representer import SafeRepresenter
 
-from .errors import RecipeError
+from .errors import LINE, RecipeError, plain
 
 logger = logging.getLogger(__name__)
 
@@ -69,10 +70,11 @@ def read_text(path: Path) -> str:
         raise RecipeError(f"{path}, line {line}: not UTF-8 ({error.reason}). Save the file in UTF-8.") from error
 
 
-def read_yaml(text: str, name: str) -> Any:  # noqa: ANN401 - what the user wrote
+def read_yaml(text: str | bytes, name: str) -> Any:  # noqa: ANN401 - what the user wrote
     """Parse YAML 1.2.
 
     Args:
+        text: bytes are UTF-8, or UTF-16 with a byte order mark.
         name: of the file, for the message.
 
     Raises:
@@ -83,8 +85,10 @@ def read_yaml(text: str, name: str) -> Any:  # noqa: ANN401 - what the user wrot
     except DuplicateKeyError as error:
         key = error.problem.split('"')[1]
         raise RecipeError(f"{name}, line {error.problem_mark.line + 1}: `{key}` stands twice. Remove one.") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # the latter: other bytes, or an impossible number or date
         raise RecipeError(f"{name} is not YAML: {error}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{name} is not YAML that can be read: it is nested too deeply.") from error
 
 
 def write_yaml(value: object) -> str:
@@ -94,7 +98,7 @@ def write_yaml(value: object) -> str:
 
 
 def split_rows(path: Path, kind: TypeAdapter[T]) -> tuple[list[tuple[bytes, T]], dict[int, bytes]]:
-    """Return the lines of a file that are rows, with what they say; and by number, from 1, the lines that are none."""
+    """Return the lines of a file that are rows, with what they say; and by number, from 1, the other lines."""
     rows, broken = [], {}
     for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else (), 1):
         try:
@@ -105,7 +109,7 @@ def split_rows(path: Path, kind: TypeAdapter[T]) -> tuple[list[tuple[bytes, T]],
 
 
 def read_rows(path: Path, kind: TypeAdapter[T] = ROW) -> list[T]:  # type: ignore[assignment]
-    """Read the rows of JSON lines, and name the lines that are none; no rows where there is no file."""
+    """Read the rows of JSON lines, and name the other lines; no rows where there is no file."""
     rows, broken = split_rows(path, kind)
     if broken:
         logger.warning("%s: line %s is not a row and is ignored.", path, ", ".join(map(str, broken)))
@@ -120,7 +124,7 @@ def append_rows(
 ) -> None:
     """Append rows as JSON lines, and delete the earlier ones that are equal to a new one in all fields of `key`.
 
-    Lines that are not rows, which a full disk may leave, are moved to a file of their own. A process that is killed
+    Other lines, which a full disk may leave, are moved to a file of their own. A process that is killed
     leaves the file as it was or as it is to be.
     """
     found, broken = split_rows(path, kind)
@@ -172,8 +176,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         folder.rename(out)
 
 
+def terminal(text: object) -> str:
+    """Return text that others may have written as rich may print it: a [`plain`] line without markup."""
+    return escape(plain(text, LINE))
+
+
 def markdown_table(header: Sequence[object], rows: Sequence[Sequence[object]]) -> str:
     """Return a Markdown table; bars and line breaks in a cell are escaped."""
     lines = [header, ["---"] * len(header), *rows]
-    escaped = ([str(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in line] for line in lines)
+    escaped = ([plain(cell).replace("|", "&#124;").replace("\n", "<br>") for cell in line] for line in lines)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in escaped)

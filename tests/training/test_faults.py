@@ -16,7 +16,7 @@ from filelock import SoftFileLease
 
 from tunebook import checkpoints
 from tunebook.checkpoints import MANIFEST, find_checkpoint
-from tunebook.errors import RecipeError
+from tunebook.errors import RecipeError, interrupted_by_signals
 from tunebook.following.report import read_json
 from tunebook.training import held, holding
 
@@ -164,7 +164,8 @@ def test_the_lock_of_a_dead_process_on_this_host_is_taken_at_once(tmp_path, capl
 
 
 def test_a_run_whose_lock_was_taken_while_it_was_silent_ends(tmp_path, impatient):
-    with pytest.raises(RecipeError, match="was taken by another run"), held(tmp_path):
+    raises = pytest.raises(RecipeError, match="was taken by another run")
+    with raises, interrupted_by_signals(), held(tmp_path):
         (tmp_path / ".lock").unlink()
         foreign_lock(tmp_path, "node7", 123)
         time.sleep(20)

@@ -7,7 +7,8 @@ data_report.json say how many rows were cut or dropped, and why.
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from accelerate import PartialState
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ..checkpoints import checksums
 from ..errors import RecipeError
 from ..recipe import Recipe
 from ..recipe.configs import RewardConfig, SFTConfig
@@ -170,7 +172,7 @@ def process(
     fingerprint = settings.fingerprint(dataset)
     folder = Path(datasets.config.HF_DATASETS_CACHE) / "tunebook"
     folder.mkdir(parents=True, exist_ok=True)
-    with PartialState().main_process_first():
+    with PartialState().main_process_first(), verified_cache(folder, fingerprint, name):
         tokens = dataset.map(
             process_batch,
             batched=True,
@@ -192,6 +194,25 @@ def process(
     if counts.dropped:
         tokens = tokens.select(np.flatnonzero(pc.is_in(outcomes, pa.array([KEPT, CUT])).to_numpy(zero_copy_only=False)))
     return tokens.remove_columns("outcome"), outcomes
+
+
+@contextmanager
+def verified_cache(folder: Path, fingerprint: str, name: str) -> Iterator[None]:
+    """Delete cached tokens that are not what was written, before they are read inside; note their checksums."""
+    sums = folder / f"{fingerprint}.json"
+    if PartialState().is_main_process:
+        written = json.dumps(checksums(folder, cached := cached_files(folder, fingerprint)))
+        if cached and not (sums.is_file() and sums.read_bytes() == written.encode()):
+            logger.warning("The cached tokens of %s are not what was written. They are made anew.", name)
+            for file in cached:
+                (folder / file).unlink()
+    yield
+    if PartialState().is_main_process:
+        sums.write_text(json.dumps(checksums(folder, cached_files(folder, fingerprint))))
+
+
+def cached_files(folder: Path, fingerprint: str) -> list[str]:
+    return sorted(path.name for path in folder.glob(f"{fingerprint}*.arrow"))
 
 
 def mix(recipe: Recipe, parts: list[Dataset]) -> Dataset:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
-from ..errors import RecipeError
+from ..errors import RecipeError, foreign
 from ..files import read_text
 from ..recipe import Recipe
 
@@ -27,12 +27,10 @@ def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     """
     name, args = recipe.model.model_name_or_path, recipe.training
     source = {"revision": recipe.model.model_revision, "trust_remote_code": args.trust_remote_code}
-    try:
+    with foreign("The tokenizer"):
         tokenizer = AutoTokenizer.from_pretrained(name, **source)
         if args.chat_template_path is not None:
             copy_template(args.chat_template_path, tokenizer)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"The tokenizer cannot be loaded: {str(error).splitlines()[0]}") from error
     if not tokenizer.is_fast:
         raise RecipeError(f"The tokenizer of {name} has no fast version (tokenizer.json), which the loss masks need.")
     if recipe.script.chat_template is not None:

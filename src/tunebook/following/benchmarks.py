@@ -20,7 +20,7 @@ from typing import Any, cast
 from accelerate.utils import broadcast_object_list
 from transformers import TrainerControl, TrainerState
 
-from ..checkpoints import step_of
+from ..checkpoints import optional, step_of
 from ..environment import without_launcher
 from ..files import read_yaml, shipped
 from ..packing.context_parallel import TRLTrainer
@@ -193,13 +193,13 @@ class BenchmarkJobs:
     def _run(self, benchmark: Path, row: BenchmarkRow) -> None:
         folder, device = self.step_folder(row.step) / row.benchmark, self.free_devices.get()
         timeout: float | None = self.timeout
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
         log, start = folder / "log.txt", time.monotonic()
         command = lm_eval_command(benchmark, row.model, folder, row.revision)
         if self.launcher == "slurm":
             command, timeout = sbatch_command(command, f"benchmark-{row.benchmark}-{row.step}", log, self.timeout), None
         try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
             # In the process group of the training, so that what ends the training ends the benchmark
             with log.open("ab") as stream:
                 run = partial(subprocess.run, stdout=stream, stderr=subprocess.STDOUT)
@@ -210,11 +210,14 @@ class BenchmarkJobs:
                 row.status, row.error = "failed", f"exit code {done.returncode}"
         except subprocess.TimeoutExpired:
             row.status, row.error = "timed out", f"ran for more than {timeout} s"
+        except OSError as error:  # a full disk
+            row.status, row.error = "failed", str(error)
         finally:
             self.free_devices.put(device)
         row.seconds = round(time.monotonic() - start, 1)
         if row.status != "completed":
-            row.error = "\n".join([row.error, *log.read_text(errors="replace").splitlines()[-LOG_TAIL:]])
+            tail = log.read_text(errors="replace").splitlines()[-LOG_TAIL:] if log.exists() else []
+            row.error = "\n".join([row.error, *tail])
 
 
 class BenchmarkCallback(StagingCallback):
@@ -326,7 +329,8 @@ class BenchmarkCallback(StagingCallback):
             time.sleep(0.5)
         self._delete_staged()
         name = args.hub_model_id or Path(args.output_dir).name
-        add_scores_to_card(model_folder / "README.md", read_scored_rows(self.jobs.rows_file), name, step)
+        with optional("the scores in the model card"):
+            add_scores_to_card(model_folder / "README.md", read_scored_rows(self.jobs.rows_file), name, step)
 
     def _staged(self, step: int) -> Path:
         return self.jobs.step_folder(step) / "model"

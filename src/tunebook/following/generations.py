@@ -35,6 +35,7 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..checkpoints import optional
 from ..data.rendering import RenderSettings
+from ..errors import brief, foreign
 from ..files import append_rows
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RunConfig, ScriptArguments
@@ -137,7 +138,8 @@ def render_prompts(prompts: Sequence[Prompt], settings: RenderSettings) -> list[
             prompt = [{"role": "user", "content": prompt}]
         messages = prompt if prompt[0]["role"] == "system" else system + prompt
         messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        text = settings.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        with foreign("`eval_prompts`: the chat template", f"fails on {brief(prompt)}"):
+            text = settings.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         texts.append(cast(str, text))
     return texts
 

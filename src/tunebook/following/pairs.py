@@ -16,7 +16,7 @@ from ..data.layouts import Dropped
 from ..data.rendering import Renderer
 from ..data.sources import load_source
 from ..data.tokens import tokenize
-from ..errors import RecipeError
+from ..errors import RecipeError, foreign
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import RewardConfig, RunConfig, ScriptArguments
 from .generations import map_over_ranks, render_settings
@@ -127,8 +127,9 @@ def render_ids(rows: Iterable[dict[str, Any]], renderer: Renderer, name: str) ->
     """
     texts = []
     for number, row in enumerate(rows):
-        try:
-            texts.append(renderer.sft(row))
-        except Dropped as reason:
-            raise RecipeError(f"{name}, row {number}: {reason}.") from reason
+        with foreign(f"{name}, row {number}", "cannot be rendered"):
+            try:
+                texts.append(renderer.sft(row))
+            except Dropped as reason:
+                raise RecipeError(f"{name}, row {number}: {reason}.") from reason
     return [ids for ids, _ in tokenize(texts, renderer.settings.tokenizer)]

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 from rich.table import Table
 
 from ..checkpoints import optional
-from ..files import append_rows, markdown_table, read_rows
+from ..files import append_rows, markdown_table, read_rows, terminal
 
 ROWS_FILE = "benchmarks.jsonl"
 REWARDS_FILE = "eval_rewards.csv"  # chosen and rejected reward of each pair in a reward model's last evaluation
@@ -65,21 +65,21 @@ def scores_table(
 
     A benchmark that failed has a line with its status and the first line of its error.
     """
-    table = Table("task", "metric", title or "score")
+    table = Table("task", "metric", terminal(title) or "score")
     if other_rows:
-        table.add_column(other_title or "other")
+        table.add_column(terminal(other_title) or "other")
         table.add_column("difference")
     scores, others = (flatten(row.scores for row in each) for each in (rows, other_rows))
     stderr = flatten(row.stderr for row in rows)
     for (task, metric), value in scores.items():
         error = f" ± {stderr[task, metric]:.4f}" if (task, metric) in stderr else ""
-        cells = [task, metric, f"{value:.4f}{error}"]
+        cells = [terminal(task), terminal(metric), f"{value:.4f}{error}"]
         if (task, metric) in others:
             cells += [f"{others[task, metric]:.4f}", f"{value - others[task, metric]:+.4f}"]
         table.add_row(*cells)
     for row in rows:
         if row.status != "completed":
-            table.add_row(row.benchmark, row.status, row.error.partition("\n")[0])
+            table.add_row(terminal(row.benchmark), row.status, terminal(row.error.partition("\n")[0]))
     return table
 
 

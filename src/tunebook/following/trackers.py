@@ -4,13 +4,14 @@ import copy
 import importlib
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from functools import cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, wraps
 
 import pandas as pd
-from transformers import TrainerControl
+from transformers import TrainerCallback, TrainerControl
 from transformers.integrations import TensorBoardCallback
 
+from ..checkpoints import optional
 from ..files import markdown_table
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import RunConfig
@@ -35,6 +36,24 @@ def set_wandb_environment(args: RunConfig) -> None:
     os.environ |= {key.upper(): value for key, value in settings.items()}
 
 
+def guard_trackers(trainer: TRLTrainer) -> None:
+    """Let a run continue, with a warning, when a tracker finds the disk full."""
+    for callback in trainer.callback_handler.callbacks:
+        if type(callback).__module__.startswith("transformers.integrations"):
+            for event in ("on_train_begin", "on_log", "on_save", "on_train_end"):
+                vars(callback)[event] = guarded(vars(type(callback)).get(event, vars(TrainerCallback)[event]), callback)
+
+
+def guarded(event: Callable[..., object], callback: TrainerCallback) -> Callable[..., object]:
+    @wraps(event)
+    def call(*args: object, **kwargs: object) -> object:
+        with optional(f"what {type(callback).__name__} writes"):
+            return event(callback, *args, **kwargs)
+        return None
+
+    return call
+
+
 def log_at_step(trainer: TRLTrainer, logs: dict[str, float], step: int) -> None:
     """Log to the trackers and the history at a step that may have passed. Call it on the main process alone."""
     state = copy.copy(trainer.state)
@@ -46,7 +65,12 @@ def log_at_step(trainer: TRLTrainer, logs: dict[str, float], step: int) -> None:
 
 def log_table(trainer: TRLTrainer, name: str, rows: Sequence[Mapping[str, object]]) -> None:
     """Send rows as a table to the trackers that have tables: wandb, trackio, tensorboard (as Markdown)."""
-    table, step = pd.DataFrame(rows), trainer.state.global_step
+    with optional(f"the table of {name}"):
+        send_table(trainer, name, pd.DataFrame(rows))
+
+
+def send_table(trainer: TRLTrainer, name: str, table: pd.DataFrame) -> None:
+    step = trainer.state.global_step
     for tracker in trainer.args.report_to:
         if tracker in ("wandb", "trackio"):
             module = importlib.import_module(tracker)

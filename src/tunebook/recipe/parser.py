@@ -15,6 +15,7 @@ from ..errors import RecipeError, user_errors
 from ..files import read_yaml, shipped
 from . import configs
 from .command_line import overridden, read_command_line
+from .content import check_content
 from .schema import TASKS, Training, default, describe, faults, keys_of, old_keys, read_values
 
 logger = logging.getLogger(__name__)
@@ -42,7 +43,7 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     path = shipped(path)
     if not path.is_file():
         raise RecipeError(f"--config {path}: no such file.")
-    recipe = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    recipe = read_yaml(path.read_bytes(), str(path))
     if not isinstance(recipe, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(recipe).__name__}.")
     return {name: value for name, value in recipe.items() if not str(name).startswith("_")}
@@ -67,6 +68,8 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
     Raises:
         RecipeError: with every mistake, a line each.
     """
+    for keys in (recipe, overrides or {}):
+        check_content(keys)
     recipe, overrides = set_push_key(recipe), set_push_key(overrides or {})
     if {**recipe, **overrides}.get("log_level") == "debug":
         logging.getLogger("tunebook").setLevel(logging.DEBUG)

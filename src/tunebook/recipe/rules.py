@@ -14,6 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from ..environment import fsdp_version, launched_sharding, offloads_fsdp, uses_fsdp
+from ..errors import brief
 from ..files import read_yaml
 from .needs import Values, holds, is_benchmark
 
@@ -56,7 +57,7 @@ def contradictions(v: Values) -> Iterator[str]:
     if (v.get("liger_kernel_config") or {}).get("fused_linear_cross_entropy"):
         yield "`liger_kernel_config`: fused_linear_cross_entropy would replace the head that scores labels. Remove it."
     if v["optim_args"] and not all(re.fullmatch(r"\s*\w+=[^=]+", part) for part in v["optim_args"].split(",")):
-        yield f"`optim_args` {v['optim_args']!r} is not of the form name=value,name=value. Write it so."
+        yield f"`optim_args` {brief(v['optim_args'])} is not of the form name=value,name=value. Write it so."
     yield from schedule_contradictions(v)
     yield from interval_contradictions(v)
     yield from metric_contradictions(v)
@@ -115,12 +116,12 @@ def hub_contradictions(v: Values) -> Iterator[str]:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            yield f"`hub_model_id` {repo_id!r} is not a name on the Hub: {error}"
+            yield f"`hub_model_id` {brief(repo_id)} is not a name on the Hub: {error}"
         else:
             if v["push_to_hub_revision"] and "/" not in repo_id:
                 yield f"`hub_model_id` {repo_id} has no owner. Write owner/{repo_id}."
     if revision is not None and not BRANCH.fullmatch(revision):
-        yield f"`hub_revision` {revision!r} cannot be a branch on the Hub. Use letters, digits, '-', '_' and '.'."
+        yield f"`hub_revision` {brief(revision)} cannot be a branch on the Hub. Use letters, digits, '-', '_' and '.'."
 
 
 def mixture_contradictions(v: Values) -> Iterator[str]:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
-from ..errors import RecipeError
+from ..errors import RecipeError, brief
 from ..files import read_yaml
 from . import configs
 from .needs import holds
@@ -122,12 +122,12 @@ def read_value(name: str, value: object, field: dataclasses.Field[object], hint:
         fault = error.errors()[0]
         where = "".join(f"[{part}]" for part in fault["loc"] if part not in describe(hint).split(" | "))
         message = fault["msg"][0].lower() + fault["msg"][1:]
-        raise RecipeError(f"`{name}{where}`: {message}, got {fault['input']!r} ({describe(hint)}).") from error
+        raise RecipeError(f"`{name}{where}`: {message}, got {brief(fault['input'])} ({describe(hint)}).") from error
     check_size(name, value)
     choices = field.metadata.get("choices") or list_choices(name, hint)
     given = value if isinstance(value, list) else [] if value is None else [value]
     if choices and (wrong := [choice for choice in given if choice not in choices]):
-        raise RecipeError(f"`{name}`: {wrong[0]!r} is not one of {', '.join(choices)}.")
+        raise RecipeError(f"`{name}`: {brief(wrong[0])} is not one of {', '.join(choices)}.")
     return value
 
 

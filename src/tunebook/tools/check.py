@@ -17,7 +17,6 @@ from accelerate import PartialState
 from datasets import Dataset
 from jinja2 import Template
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from transformers.trainer_utils import SaveStrategy
 
@@ -25,7 +24,7 @@ from ..data.loading import NothingToTrain, load_recipe_data
 from ..data.tokenizer import CHATML, end_of_turn_ids
 from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded, zero_sharding
 from ..errors import RecipeError, user_errors
-from ..files import read_yaml, shipped
+from ..files import read_yaml, shipped, terminal
 from ..following import validate_callbacks
 from ..recipe import Recipe
 from ..recipe.configs import accumulation_steps, count_groups
@@ -197,7 +196,7 @@ def check(
     try:
         tokenizer, data = load_recipe_data(recipe, sample=None if full else SAMPLE)
     except NothingToTrain as error:
-        console.print(f"[red]{escape(str(error))}")
+        console.print(f"[red]{terminal(str(error))}")
         return 1
     refuse_few_rows(recipe, len(data.train) / data.share)
     config.vocab_size = max(config.vocab_size, len(tokenizer))
@@ -232,9 +231,9 @@ def show(page: str, console: Console) -> None:
         title, *facts = section.strip().splitlines()
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0), title=title, title_justify="left")
         for fact in facts:
-            table.add_row(*map(escape, fact.split(" | ", 1)))
+            table.add_row(*map(terminal, fact.split(" | ", 1)))
         console.print(table, "")
     for warning in warnings.split("\n- ")[1:]:
-        console.print(f"[yellow]warning:[/] {escape(' '.join(warning.split()))}", soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {terminal(' '.join(warning.split()))}", soft_wrap=True)
     if "\n- " not in warnings:
         console.print("[green]No warnings.")

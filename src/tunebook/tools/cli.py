@@ -25,7 +25,6 @@ class Commands(TyperGroup):
     """Log as the scripts do, and show a user's mistake in any command as one message."""
 
     def invoke(self, ctx: typer.Context) -> object:  # type: ignore[override] # typer's own click
-        logging.basicConfig(format="%(message)s", level=logging.WARNING)
         logging.getLogger("tunebook").setLevel(logging.INFO)
         with exit_on_error():
             return super().invoke(ctx)

@@ -17,7 +17,7 @@ from trl.data_utils import pack_dataset
 
 from ..data import load_recipe_data
 from ..data.tokens import TOKEN_COLUMNS, process_batch
-from ..files import read_yaml
+from ..files import read_yaml, terminal
 from ..recipe import Recipe
 from ..recipe.configs import SFTConfig
 
@@ -119,7 +119,7 @@ def print_rows(rows: Sequence[Row], report: str, console: Console) -> None:
         console.print(table)
     for name, mark in MARKS.items():
         console.print(Text.assemble((name, mark["style"]), f" {mark['meaning']}"))
-    console.print(report, markup=False, highlight=False)
+    console.print(terminal(report), highlight=False)
 
 
 def terminal_text(tokens: Iterable[Token]) -> Text:

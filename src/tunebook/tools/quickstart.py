@@ -14,13 +14,12 @@ import torch
 import transformers
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, GgufConfig, PreTrainedModel
 
 from ..errors import RecipeError, exit_on_error
-from ..files import ROW, read_rows, whole_folder
+from ..files import ROW, read_rows, terminal, whole_folder
 from ..following.generations import generate
 
 logger = logging.getLogger(__name__)
@@ -101,7 +100,7 @@ def results(model: Path, runs: Path, data: Path) -> None:
     questions = [row["messages"][0]["content"] for row in read_rows(data / "sft_test.jsonl", ROW)[:3]]
     table = Table("question", "before", "after SFT", title="Held-out questions", show_lines=True)
     for row in zip(questions, answer(model, questions), answer(runs / "sft", questions), strict=True):
-        table.add_row(*map(escape, row))
+        table.add_row(*map(terminal, row))
     console.print(table)
 
     table = Table("", "pair accuracy", "margin", title="Held-out preferences, before -> after")

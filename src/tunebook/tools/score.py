@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from ..data.layouts import choose_columns
 from ..data.rendering import Renderer, RenderSettings
 from ..data.sources import load_source
-from ..errors import RecipeError
+from ..errors import RecipeError, foreign
 from ..following.pairs import render_ids, score_ids
 from ..packing.forward import pack_reward_model
 from ..training.models import load_reward_model
@@ -24,11 +24,9 @@ def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         RecipeError: when it cannot be loaded.
     """
-    try:
+    with foreign(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = load_reward_model(name)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{name} cannot be loaded: {str(error).splitlines()[0]}") from error
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
     pack_reward_model(model, packing=False)

@@ -95,7 +95,8 @@ def held(output_dir: Path) -> Iterator[None]:
         with saving("The lock", output_dir):
             from_main_process(lambda: acquire(lock))
     try:
-        yield
+        with saving("A file", output_dir):
+            yield
     except KeyboardInterrupt as error:
         if lock.compromise:
             raise RecipeError(f"{output_dir} was taken by another run: this one had not refreshed its lock.") from error

@@ -23,7 +23,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
 from ..data.tokenizer import end_of_turn_ids
-from ..errors import RecipeError
+from ..errors import RecipeError, brief, foreign
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig
 from .activation_checkpointing import accept_selective
@@ -42,10 +42,8 @@ def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "m
     Raises:
         RecipeError: when its config.json cannot be found or read.
     """
-    try:
+    with foreign(f"`{key}` {brief(name)}"):
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"`{key}` {name!r} cannot be loaded: {str(error).splitlines()[0]}") from error
 
 
 def load_model(
@@ -95,13 +93,10 @@ def read_model(architecture: type, recipe: Recipe, name: str, revision: str) -> 
         **(args.model_init_kwargs or {}),  # type: ignore[dict-item] # transformers has parsed text
     }
     set_seed(args.seed)  # a new reward head, and embeddings of new tokens, start at random
-    try:
+    with foreign(name), suppress_seqcls_warning():
         if rewards:
             kwargs["key_mapping"] = head_mapping(name, kwargs["revision"], args.trust_remote_code)
-        with suppress_seqcls_warning():
-            model = create_model_from_path(name, architecture, **kwargs)  # type: ignore[arg-type]
-    except (OSError, ValueError, ImportError, RuntimeError) as error:  # the last: weights of other shapes
-        raise RecipeError(f"{name} cannot be loaded: {error}") from error
+        model = create_model_from_path(name, architecture, **kwargs)  # type: ignore[arg-type]
     accept_selective(model)
     return model
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .. import checkpoints
-from ..errors import RecipeError
+from ..errors import RecipeError, plain
 from ..files import write_yaml
 from ..following.staging import StagingCallback
 from ..packing.context_parallel import ContextParallelMixin
@@ -287,7 +287,8 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         card.data.library_name = "peft" if isinstance(self.model, PeftModel) else "transformers"
         card.text = card.text.replace('model="None"', f'model="{self.args.hub_model_id or model_name}"')
         recipe = write_yaml(self.record["recipe"]).rstrip()
-        rows = "\n".join(f"- {split}: {text}" for split, text in self.record["rows"].items())
-        # Tildes, since a chat template may hold a fence of backticks
-        card.text += f"\n\n## Recipe\n\n~~~~yaml\n{recipe}\n~~~~\n\n## Data\n\n{rows}\n"
+        rows = "\n".join(f"- {split}: {plain(text)}" for split, text in self.record["rows"].items())
+        # Tildes, since a chat template may hold a fence of backticks; more of them than stand in the recipe
+        fence = "~" * max(4, *(len(run) + 1 for run in re.findall("~+", recipe) or [""]))
+        card.text += f"\n\n## Recipe\n\n{fence}yaml\n{recipe}\n{fence}\n\n## Data\n\n{rows}\n"
         card.save(output_dir / CARD)

@@ -4,7 +4,6 @@ import ctypes
 import json
 import logging
 import platform
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -20,16 +19,17 @@ from transformers.trainer_utils import TrainOutput
 from .. import checkpoints
 from ..data import Data, load_recipe_data
 from ..data.loading import fingerprint
-from ..errors import user_errors
+from ..errors import set_up_log, user_errors
 from ..files import write_yaml
 from ..following import build_callbacks, finish_callbacks, report_run, validate_callbacks
 from ..following.generations import TABLE, Prompt, load_prompts
 from ..following.hub import PUSHED
 from ..following.report import RECORD_FILE
 from ..following.scores import ROWS_FILE
-from ..following.trackers import set_wandb_environment
+from ..following.trackers import guard_trackers, set_wandb_environment
 from ..recipe import Recipe
 from ..recipe.configs import CausalLMConfig, SFTConfig, count_groups, has_fast_bf16
+from ..recipe.content import masked
 from .holding import SigtermCallback, from_main_process
 from .identity import describe_run
 from .models import check_model
@@ -97,7 +97,7 @@ def describe_data(recipe: Recipe, data: Data) -> dict[str, Any]:
     """Return what [`describe_run`] cannot know before the rows are read, and how the run came about."""
     return {
         "data": fingerprint(data.train),
-        "recipe": recipe.given,
+        "recipe": masked(recipe.given),
         "rows": {split: str(counts) for split, counts in data.counts.items()},
         "versions": {name: version(name) for name in VERSIONS},
         "resumed_from": [],
@@ -111,7 +111,7 @@ def write_record(recipe: Recipe, record: dict[str, Any], data: Data) -> None:
     if recipe.training.resume_from_checkpoint == "never":
         checkpoints.set_aside(output_dir, (ROWS_FILE, "benchmarks", f"{TABLE}.jsonl", PUSHED, "trainer_state.json"))
     with checkpoints.saving("recipe.yaml", output_dir):
-        (output_dir / "recipe.yaml").write_text(write_yaml(recipe.given), encoding="utf-8")
+        (output_dir / "recipe.yaml").write_text(write_yaml(record["recipe"]), encoding="utf-8")
         (output_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         data.write_report(output_dir / "data_report.json")
 
@@ -119,7 +119,7 @@ def write_record(recipe: Recipe, record: dict[str, Any], data: Data) -> None:
 def set_up_logging(args: TrainingArguments) -> None:
     """Log our lines and the libraries' warnings, on rank 0 only; with `log_level: debug` ours in detail."""
     main = PartialState().is_main_process
-    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    set_up_log()
     ours = logging.getLogger("tunebook")
     if not ours.isEnabledFor(logging.DEBUG):  # parse has seen log_level
         ours.setLevel(logging.INFO if main else logging.ERROR)
@@ -168,6 +168,7 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
     if args.use_cpu:
         keep_freed_memory()
     show_progress(trainer)
+    guard_trackers(trainer)
     callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
     for callback in [*callbacks, SigtermCallback(trainer)]:
         trainer.add_callback(callback)

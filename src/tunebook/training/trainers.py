@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
-from ..checkpoints import Record
+from ..checkpoints import Record, optional
 from ..environment import launched_sharding
 from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
@@ -217,7 +217,8 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         pairs = torch.cat(self.evaluated)
         if self.is_world_process_zero():
             rewards = pd.DataFrame(pairs[:, :2].numpy(), columns=["chosen", "rejected"])
-            rewards.to_csv(Path(self.args.output_dir, REWARDS_FILE), index=False)
+            with optional(REWARDS_FILE):
+                rewards.to_csv(Path(self.args.output_dir, REWARDS_FILE), index=False)
         won, metrics = (pairs[:, 0] > pairs[:, 1]).float(), self._metrics["eval"]
         metrics["accuracy"], metrics["margin"] = [won.mean().item()], [(pairs[:, 0] - pairs[:, 1]).mean().item()]
         metrics["mean_reward"], metrics["std_reward"] = [pairs[:, :2].mean().item()], [pairs[:, :2].std().item()]
