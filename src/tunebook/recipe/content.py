@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..environment import secrets
 from ..errors import RecipeError, brief, mask
@@ -14,7 +15,7 @@ TOKEN = re.compile(
 )
 
 
-def check_content(keys: Mapping[object, object]) -> None:
+def check_content(keys: Mapping[Any, object]) -> None:
     """Refuse, before any value is shown or written, what a recipe must not hold.
 
     Raises:
