@@ -66,7 +66,7 @@ def checkpoint_files() -> list[str]:
     """What a checkpoint of the tiny model holds."""
     names = ["config.json", "generation_config.json", "model.safetensors", "optimizer.pt", "rng_state.pth"]
     names += ["scheduler.pt", "tokenizer.json", "tokenizer_config.json", "trainer_state.json", "training_args.bin"]
-    return [*names, "chat_template.jinja", MANIFEST]
+    return [*names, "README.md", "chat_template.jinja", MANIFEST]
 
 
 def test_the_list_of_files_is_a_checkpoint_s(run):
