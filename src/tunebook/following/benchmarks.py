@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerControl, TrainerState
+from transformers import TrainerState
 
 from ..checkpoints import optional, step_of
 from ..environment import without_launcher
@@ -264,9 +264,7 @@ class BenchmarkCallback(StagingCallback):
         if args.benchmarks and args.benchmark_launcher == "slurm" and shutil.which("sbatch") is None:
             raise ValueError("`benchmark_launcher: slurm`: there is no sbatch on this machine. Set it to local.")
 
-    def on_evaluate(  # type: ignore[override]
-        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Metrics, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, args: RunConfig, state: TrainerState, control: object, metrics: Metrics, **_: object) -> None:  # type: ignore[override]
         step = state.global_step
         if self.schedule != "evaluation" or step == self.evaluated_step:
             return
@@ -307,9 +305,7 @@ class BenchmarkCallback(StagingCallback):
         if self.schedule == "beside" and state.is_world_process_zero:
             self._submit_held()
 
-    def on_step_end(  # type: ignore[override]
-        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: RunConfig, state: TrainerState, control: object, **kwargs: object) -> None:  # type: ignore[override]
         if self.schedule == "beside" and state.is_world_process_zero:
             self._poll()
 

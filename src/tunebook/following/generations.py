@@ -27,7 +27,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     set_seed,
 )
@@ -230,9 +229,7 @@ class GenerationCallback(TrainerCallback):
         for name in args.eval_metrics:
             import_object("eval_metrics", name)
 
-    def on_evaluate(  # type: ignore[override]
-        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Metrics, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, args: RunConfig, state: TrainerState, control: object, metrics: Metrics, **_: object) -> None:  # type: ignore[override]
         if state.global_step == self.step:  # of several evaluation sets, the first
             return
         self.step = state.global_step

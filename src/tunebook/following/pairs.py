@@ -9,7 +9,7 @@ from typing import Any, cast
 import pandas as pd
 import torch
 from peft import PeftModel
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState
+from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl.trainer.utils import pad
 
 from ..data.layouts import Dropped
@@ -74,9 +74,7 @@ class PairAccuracyCallback(TrainerCallback):
         """Raise a RecipeError for a file that cannot be read or has no pairs."""
         read_pairs(args.pair_benchmarks)
 
-    def on_evaluate(  # type: ignore[override]
-        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: Metrics, **kwargs: object
-    ) -> None:
+    def on_evaluate(self, args: RunConfig, state: TrainerState, control: object, metrics: Metrics, **_: object) -> None:  # type: ignore[override]
         if state.global_step == self.step:  # of several evaluation sets, the first
             return
         self.step = state.global_step

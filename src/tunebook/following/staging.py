@@ -10,7 +10,7 @@ import shutil
 from abc import abstractmethod
 from pathlib import Path
 
-from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers import TrainerCallback, TrainerState
 
 from ..checkpoints import checksum, list_checkpoints, optional, read_manifest, step_of
 from ..errors import RecipeError
@@ -78,14 +78,10 @@ class StagingCallback(TrainerCallback):
     @abstractmethod
     def stage(self, checkpoint: Path) -> None: ...
 
-    def on_train_begin(  # type: ignore[override]
-        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: RunConfig, state: TrainerState, control: object, **kwargs: object) -> None:  # type: ignore[override]
         self.settle(Path(args.output_dir), state)
 
-    def on_save(  # type: ignore[override]
-        self, args: RunConfig, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_save(self, args: RunConfig, state: TrainerState, control: object, **kwargs: object) -> None:  # type: ignore[override]
         self.settle(Path(args.output_dir), state)
 
     def settle(self, output_dir: Path, state: TrainerState) -> None:

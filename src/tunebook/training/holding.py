@@ -115,9 +115,7 @@ class SigtermCallback(TrainerCallback):
         self.trainer, self.is_told, self.ends, self.saved_step = trainer, False, False, 0
         self.is_handling = signal.getsignal(signal.SIGTERM) is interrupt
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.is_handling:
             signal.signal(signal.SIGTERM, self._tell)
 

@@ -46,9 +46,7 @@ class Progress(ProgressCallback):
 
     training_bar: "tqdm[Never] | None"  # type: ignore[assignment]
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if state.is_world_process_zero:
             self.start, self.first_step = time.monotonic(), state.global_step
             self.training_bar = tqdm(

@@ -33,6 +33,8 @@ from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
 
+Inputs = dict[str, torch.Tensor]
+
 
 @contextmanager
 def overridden(args: object, **values: object) -> Iterator[None]:
@@ -178,11 +180,7 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         self._signature_columns = ["chosen_ids", "rejected_ids", "margin", "subset"]  # type: ignore[assignment]
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: torch.nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: object = None
     ) -> torch.Tensor | tuple[torch.Tensor, RewardOutput]:
         """Return [`reward_loss`], plus `router_aux_loss_coef` * the load-balancing loss."""
         metrics = self._metrics["train" if model.training else "eval"]
@@ -308,11 +306,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         reference.to("cpu")
 
     def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: torch.Tensor | int | None = None,
+        self, model: torch.nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: object = None
     ) -> torch.Tensor | tuple[torch.Tensor, FusedCausalLMOutput | None]:
         """Return TRL's loss plus our terms, from a reference computed here and the policy's recorded outputs."""
         if not self.precompute_ref_logps:
