@@ -1,9 +1,10 @@
 """The tokenizer of a run: the only place that touches its chat template, EOS and pad token."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 from ..errors import RecipeError, foreign
 from ..files import read_text
@@ -35,9 +36,12 @@ def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
         raise RecipeError(f"The tokenizer of {name} has no fast version (tokenizer.json), which the loss masks need.")
     if recipe.script.chat_template is not None:
         tokenizer.chat_template = recipe.script.chat_template
+    add_tokens(tokenizer, recipe.model.new_tokens)
     if args.eos_token is not None:
         if args.eos_token not in tokenizer.get_vocab():
-            raise RecipeError(f"`eos_token` {args.eos_token!r} is not in the vocabulary of {name}.")
+            raise RecipeError(
+                f"`eos_token` {args.eos_token!r} is not in the vocabulary of {name}. Add it to `new_tokens`."
+            )
         tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
         find_eos_token(tokenizer, AutoConfig.from_pretrained(name, **source).get_text_config().eos_token_id)
@@ -57,6 +61,24 @@ def copy_template(path: str, tokenizer: PreTrainedTokenizerBase) -> None:
     known = tokenizer.get_vocab()
     tokenizer.add_tokens([token for token in source.added_tokens_decoder.values() if token.content not in known])
     tokenizer.eos_token = source.eos_token or tokenizer.eos_token
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> None:
+    """Make each text a token of its own, and say which are one already.
+
+    Raises:
+        RecipeError: for an empty text, or one by which the vocabulary calls another token.
+    """
+    known = tokenizer.get_vocab()
+    for text in dict.fromkeys(texts):
+        if not text:
+            raise RecipeError("`new_tokens` has an empty text. Remove it.")
+        if text in known and str(tokenizer.decode([known[text]])).strip() != text.strip():
+            raise RecipeError(f"`new_tokens` {text!r}: the vocabulary calls another token so. Choose a different text.")
+        if text in known:
+            logger.warning("`new_tokens` %r is in the vocabulary already, with the id %d.", text, known[text])
+    # Not normalized, or a tokenizer that puts a space before each text would find the token there only
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in texts if text not in known])
 
 
 def find_eos_token(tokenizer: PreTrainedTokenizerBase, known: int | list[int] | None) -> None:

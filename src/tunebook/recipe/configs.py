@@ -31,6 +31,7 @@ EVALUATION = "eval_strategy: steps or epoch, or do_eval: true"
 PACKING = "packing: true"
 CONTEXT = "context_parallel_size of 2 or more"
 SCORE_HEAD = "use_peft: false; an adapter's head is called score"
+ALL_LAYERS = "no num_layers_unfrozen; it freezes the embeddings"
 NO_LORA = "use_peft: false; LoRA already freezes the model"
 LORA = "use_peft: true"
 MUON = "optim: muon"
@@ -108,6 +109,9 @@ class ModelConfig(trl.ModelConfig):
 
     num_layers_unfrozen: int | None = key(
         None, "Train the top N layers, the final norm and the head only. Default: all.", NO_LORA, ge=0
+    )
+    new_tokens: list[str] = key(
+        [], "Texts that become a token each. Their embeddings are trained, with LoRA too.", ALL_LAYERS
     )
 
     def __post_init__(self) -> None:
