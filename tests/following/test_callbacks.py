@@ -336,14 +336,14 @@ class TestBestModel:
 
 def test_reward_model_is_benchmarked_by_subset_at_every_evaluation(tiny, tmp_path, monkeypatch):
     trainer = save_each_step(tiny, tmp_path / "out", eval_strategy="steps", eval_steps=1)
-    sides = [("a", 2, 1), ("a", 1, 1), ("b", 3, 5), ("b", 9, 0), ("b", 4, 1)]  # a tie is wrong
+    sides = [("a", 2, 1), ("a", 1, 1), ("b", 3, 5), ("b", 9, 0), ("b", 4, 1)]  # a tie is half
     pairs = [{"prompt": "p", "chosen": str(c), "rejected": str(r), "subset": s} for s, c, r in sides]
     trainer.args.pair_benchmarks = [str(write_rows(tmp_path / "pairs.jsonl", pairs))]
     # The reward of a completion is the number that it is
     monkeypatch.setattr("tunebook.following.pairs.score_completions", lambda *given: [float(c) for _, c in given[-1]])
     trainer.add_callback(PairAccuracyCallback(trainer, ScriptArguments()))
     metrics = trainer.evaluate()
-    expected = {"accuracy": 3 / 5, "accuracy_a": 1 / 2, "accuracy_b": 2 / 3}
+    expected = {"accuracy": 3.5 / 5, "accuracy_a": 1.5 / 2, "accuracy_b": 2 / 3}
     assert {f"eval_bench_pairs_{name}": value for name, value in expected.items()}.items() <= metrics.items()
     assert read_rows(tmp_path / "out" / "benchmarks.jsonl")[0]["scores"] == {"pairs": expected}
 

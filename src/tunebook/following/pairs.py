@@ -1,13 +1,15 @@
 """Preference pairs by a reward model: the rewards of rows, and accuracy by subset."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pandas as pd
 import torch
+from numpy.typing import ArrayLike, NDArray
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl.trainer.utils import pad
@@ -28,7 +30,7 @@ Score = Callable[[list[Item]], list[float]]  # their rewards
 
 
 def pair_accuracy(pairs: Sequence[dict[str, Any]], score: Score) -> dict[str, float]:
-    """Return the share of preference pairs whose chosen side gets the higher reward; a tie is wrong, as in RewardBench.
+    """Return the share of preference pairs whose chosen side gets the higher reward; a tie counts half.
 
     Args:
         pairs: rows with `prompt`, `chosen`, `rejected` and, if they have one, `subset`: RewardBench's layout.
@@ -37,10 +39,20 @@ def pair_accuracy(pairs: Sequence[dict[str, Any]], score: Score) -> dict[str, fl
         `{"accuracy": ..., "accuracy_<subset>": ...}`, each a mean over pairs.
     """
     rewards = score([(pair["prompt"], pair[side]) for side in ("chosen", "rejected") for pair in pairs])
-    wins = pd.Series(rewards[: len(pairs)]) > pd.Series(rewards[len(pairs) :])
+    wins = pd.Series(count_wins(rewards[: len(pairs)], rewards[len(pairs) :]))
     names = pd.Series([f"accuracy_{pair['subset']}" if "subset" in pair else None for pair in pairs], dtype=object)
     by_subset = wins.groupby(names, sort=False).mean()
     return {"accuracy": float(wins.mean()), **{str(name): float(share) for name, share in by_subset.items()}}
+
+
+def count_wins(chosen: ArrayLike, rejected: ArrayLike) -> NDArray[np.float64]:
+    """Return 1 for each pair whose chosen side gets the higher reward, 0.5 for a tie, 0 otherwise."""
+    return (np.sign(np.asarray(chosen, dtype=float) - np.asarray(rejected, dtype=float)) + 1) / 2
+
+
+def show_accuracy(logged: Mapping[str, float]) -> str:
+    """Return the pair accuracy of an evaluation in the log, or that all pairs tie: DPO's before its first step."""
+    return "ties" if logged.get("eval_ties") == 1 else f"{logged['eval_accuracy']:.4g}"
 
 
 def read_pairs(paths: Sequence[str]) -> dict[str, list[dict[str, Any]]]:

@@ -25,6 +25,7 @@ from ..checkpoints import Record, list_checkpoints
 from ..errors import RecipeError
 from ..files import ROW, read_rows, read_yaml, write_yaml
 from .generations import GENERATION, TABLE
+from .pairs import show_accuracy
 from .scores import REWARDS_FILE, ROWS_FILE, BenchmarkRow, flatten, read_scored_rows
 from .trackers import COUNTERS
 
@@ -180,7 +181,10 @@ def list_results(run: RunFolder) -> dict[str, str]:
     names = [key for key in keys if key.removeprefix("eval_") not in COUNTERS and not key.startswith("eval_bench_")]
     curves = {key: run.series(key) for key in ("loss", *names)}
     curves |= {f"benchmark {task} {metric}": points["score"] for (task, metric), points in run.scores().items()}
-    return {name: " → ".join(f"{v:.4g}" for v in [*c[:1], *c[1:][-1:]]) for name, c in curves.items() if len(c)}
+    results = {name: [f"{v:.4g}" for v in [*c[:1], *c[1:][-1:]]] for name, c in curves.items() if len(c)}
+    if pairs := [entry for entry in run.state["log_history"] if "eval_accuracy" in entry]:
+        results["eval_accuracy"] = [show_accuracy(entry) for entry in [*pairs[:1], *pairs[1:][-1:]]]
+    return {name: " → ".join(values) for name, values in results.items()}
 
 
 def list_gaps(run: RunFolder) -> Iterator[str]:

@@ -10,7 +10,6 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import psutil
 import torch
 from accelerate import PartialState
@@ -26,6 +25,7 @@ from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded,
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, shipped, terminal
 from ..following import validate_callbacks
+from ..following.pairs import count_wins
 from ..recipe import Recipe
 from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
@@ -89,18 +89,18 @@ def read_sharding(config: str | None, processes: int | None) -> Sharding:
     return unsharded(count)
 
 
-def judge_pairs(train: Dataset, reward_model: str, seed: int) -> tuple[int, int]:
-    """Return the number of pairs whose chosen side gets the higher reward, and the number of pairs compared."""
+def judge_pairs(train: Dataset, reward_model: str, seed: int) -> tuple[float, int]:
+    """Return the number of pairs whose chosen side gets the higher reward, ties counted half, and that of all pairs."""
     model, _ = load_scorer(reward_model)
     pairs = train.shuffle(seed=seed).select(range(min(PAIRS, len(train))))
     chosen, rejected = (
         score_ids(model, [pair.get("prompt_ids", []) + pair[side] for pair in pairs])
         for side in ("chosen_ids", "rejected_ids")
     )
-    return int(np.greater(chosen, rejected).sum()), len(pairs)
+    return float(count_wins(chosen, rejected).sum()), len(pairs)
 
 
-def wilson(wins: int, count: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(wins: float, count: int, z: float = 1.96) -> tuple[float, float]:
     """Return Wilson's 95% interval of a share (Wilson 1927, doi:10.2307/2276774)."""
     middle, spread = wins + z**2 / 2, z * math.sqrt(wins * (count - wins) / count + z**2 / 4)
     return (middle - spread) / (count + z**2), (middle + spread) / (count + z**2)

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchEncoding, Ggu
 from ..errors import RecipeError, exit_on_error
 from ..files import ROW, read_rows, terminal, whole_folder
 from ..following.generations import generate
+from ..following.pairs import show_accuracy
 
 logger = logging.getLogger(__name__)
 
@@ -106,11 +107,12 @@ def results(model: Path, runs: Path, data: Path) -> None:
     table = Table("", "pair accuracy", "margin", title="Held-out preferences, before -> after")
     for name, folder, metrics in (
         ("reward model", "rm", ("eval_accuracy", "eval_margin")),
-        ("DPO", "dpo", ("eval_rewards/accuracies", "eval_rewards/margins")),
+        ("DPO", "dpo", ("eval_accuracy", "eval_rewards/margins")),
     ):
         state = json.loads((runs / folder / "trainer_state.json").read_text())
         log = [entry for entry in state["log_history"] if metrics[0] in entry]
-        table.add_row(name, *(f"{log[0][metric]:.3f} -> {log[-1][metric]:.3f}" for metric in metrics))
+        shown = [[show_accuracy(entry), f"{entry[metrics[1]]:.3f}"] for entry in (log[0], log[-1])]
+        table.add_row(name, *map(" -> ".join, zip(*shown, strict=True)))
     console.print(table)
     console.print(
         f"The models are in {runs}/sft, {runs}/rm and {runs}/dpo, each with its recipe.yaml and model card.\n"

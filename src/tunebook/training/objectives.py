@@ -18,7 +18,7 @@ def reward_loss(
         chosen, rejected, margin: (pairs,).
     """
     if args.loss_type == "logexp":
-        loss = (1 + (rejected - chosen + margin).exp()).log().mean()
+        loss = F.softplus(rejected - chosen + margin).mean()
     else:
         loss = -F.logsigmoid(chosen - rejected - margin).mean()
     if args.center_rewards_coefficient is not None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import xxhash
+from datasets import Dataset
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,9 +18,11 @@ from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from .. import checkpoints
+from ..data.loading import process
+from ..data.rendering import RenderSettings
 from ..errors import RecipeError, plain
 from ..files import write_yaml
 from ..following.staging import StagingCallback
@@ -50,6 +53,7 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
     """
 
     loss_before = 0.0  # sum over the steps of earlier starts
+    render_settings: RenderSettings | None = None  # of the training rows
     evaluated_step: int | None = None
     evaluation: dict[str, float]  # at that step
     loads_optimizer = True  # when it resumes
@@ -127,6 +131,21 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
             if best.removeprefix("eval_") not in names:
                 raise RecipeError(f"`metric_for_best_model` {best}: the evaluation has {', '.join(names)}. Set one.")
         return metrics
+
+    def predict(
+        self, test_dataset: Dataset, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """Predict on rows, tokenized or in the columns of the training rows."""
+        output = super().predict(self.tokenized(test_dataset), ignore_keys, metric_key_prefix)
+        vars(self)["_metrics"]["eval"].clear()  # or the next evaluation would log the mean of both
+        return output
+
+    def tokenized(self, rows: Dataset) -> Dataset:
+        """Return rows that `evaluate` or `predict` is given as the trainer takes them, rendered like training rows."""
+        if self.render_settings is None or {"input_ids", "chosen_ids"} & set(rows.column_names):
+            return rows
+        tokens, _ = process(rows, self.render_settings, name="rows to evaluate")
+        return tokens.class_encode_column("subset") if "subset" in tokens.column_names else tokens
 
     def evaluate_final(self) -> dict[str, float]:
         """Return the evaluation of the final model, which may have been made at the last step."""

@@ -172,7 +172,7 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
     callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
     for callback in [*callbacks, SigtermCallback(trainer)]:
         trainer.add_callback(callback)
-    trainer.loads_optimizer = run.loads_optimizer
+    trainer.loads_optimizer, trainer.render_settings = run.loads_optimizer, run.data.sources[0][1]
     result = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     with checkpoints.saving("The model", output_dir):
         (output_dir / "all_results.json").unlink(missing_ok=True)  # a full disk may have cut it; it is written anew

@@ -13,6 +13,7 @@ import pandas as pd
 import torch
 import trl
 from datasets import Dataset
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -70,6 +71,7 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
     ) -> Dataset:
         # PATCH(trl<1.17): TRL walks through tokenized rows one by one; of that only packing is wanted. Waits for
         # trl/trainer/sft_trainer.py:1228. Delete when rows with input_ids and labels are taken as they are.
+        dataset = self.tokenized(dataset)
         if packing:
             return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)  # type: ignore[arg-type]
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
@@ -80,11 +82,25 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
 
     args: RewardConfig | DPOConfig
     batches: TokenBatchSampler | None = None
+    rewards: torch.Tensor  # of both sides of the last batch: (pairs, 2); implicit ones in DPO
+    evaluated: list[torch.Tensor]  # of each batch of an evaluation: (pairs, 2 or more), the rewards of both sides
 
     def _prepare_dataset(self, dataset: Dataset, *rest: object) -> Dataset:
         # PATCH(trl<1.17): TRL walks through tokenized pairs one by one, and drops other columns. Waits for
         # trl/trainer/dpo_trainer.py:1036. Delete when rows with token ids are taken as they are.
-        return dataset
+        return self.tokenized(dataset)
+
+    def prediction_step(
+        self,
+        model: torch.nn.Module,
+        inputs: dict[str, torch.Tensor | Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        """Return the loss and, to predict, the rewards of both sides, (pairs, 2). TRL's outputs are logits of twice as
+        many rows, of which the Trainer drops some in the last batch, and DPO has none."""
+        loss, *_ = super().prediction_step(model, inputs, True, ignore_keys)
+        return loss, None if prediction_loss_only else self.rewards, None
 
     @cached_property
     def pair_lengths(self) -> tuple[np.ndarray, np.ndarray]:
@@ -137,6 +153,16 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         if self.batches is not None:
             self.batches.set_epoch(position[0])
         return position
+
+
+def pair_metrics(pairs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what is logged of pairs: accuracy, in which a tie counts half, the share of ties, and the margin.
+
+    Args:
+        pairs: (pairs, 2 or more), the rewards of both sides.
+    """
+    margin = pairs[:, 0] - pairs[:, 1]
+    return {"accuracy": (margin.sign().mean() + 1) / 2, "ties": (margin == 0).float().mean(), "margin": margin.mean()}
 
 
 @dataclass
@@ -197,33 +223,37 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         if model.training:
             self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
         metrics["num_tokens"] = [self._total_train_tokens]
+        self.rewards = torch.stack([chosen, rejected], dim=1).detach()
         number = torch.zeros_like(chosen) if subset is None else subset.to(chosen.dtype)
-        pairs = self.accelerator.gather_for_metrics(torch.stack([chosen.detach(), rejected.detach(), number], dim=1))
-        rewards, difference = pairs[:, :2], pairs[:, 0] - pairs[:, 1]
+        pairs = self.accelerator.gather_for_metrics(torch.cat([self.rewards, number[:, None]], dim=1))
+        rewards = pairs[:, :2]
         logged = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
-        logged |= {"accuracy": (difference > 0).float().mean(), "margin": difference.mean()}
+        logged |= pair_metrics(pairs)
         for name, value in logged.items():
             metrics[name].append(value.item())
         if not model.training:
             self.evaluated.append(pairs.float().cpu())
         return (loss, outputs) if return_outputs else loss
 
-    def evaluation_loop(self, *args: object, **kwargs: object) -> EvalLoopOutput:
+    def evaluation_loop(
+        self, dataloader: DataLoader[dict[str, Any]], *args: object, **kwargs: object
+    ) -> EvalLoopOutput:
         """Evaluate with every pair counted once, also those of the last batch; TRL averages over batches."""
-        self.evaluated.clear()
-        result = super().evaluation_loop(*args, **kwargs)  # type: ignore[arg-type]
-        pairs = torch.cat(self.evaluated)
-        if self.is_world_process_zero():
+        before, self.evaluated = self.evaluated, []
+        result = super().evaluation_loop(dataloader, *args, **kwargs)  # type: ignore[arg-type]
+        pairs, metrics = torch.cat(self.evaluated), self._metrics["eval"]
+        if kwargs.get("metric_key_prefix") != "eval":  # a prediction, or one of several sets
+            self.evaluated = before
+        elif self.is_world_process_zero():
             rewards = pd.DataFrame(pairs[:, :2].numpy(), columns=["chosen", "rejected"])
             with optional(REWARDS_FILE):
                 rewards.to_csv(Path(self.args.output_dir, REWARDS_FILE), index=False)
-        won, metrics = (pairs[:, 0] > pairs[:, 1]).float(), self._metrics["eval"]
-        metrics["accuracy"], metrics["margin"] = [won.mean().item()], [(pairs[:, 0] - pairs[:, 1]).mean().item()]
+        metrics |= {name: [value.item()] for name, value in pair_metrics(pairs).items()}
         metrics["mean_reward"], metrics["std_reward"] = [pairs[:, :2].mean().item()], [pairs[:, :2].std().item()]
-        if "subset" in self.eval_dataset.column_names:
-            for number, name in enumerate(self.eval_dataset.features["subset"].names):
+        if "subset" in (features := cast(Dataset, dataloader.dataset).features):
+            for number, name in enumerate(features["subset"].names):
                 if (pairs[:, 2] == number).any():
-                    metrics[f"accuracy_{name}"] = [won[pairs[:, 2] == number].mean().item()]
+                    metrics[f"accuracy_{name}"] = [pair_metrics(pairs[pairs[:, 2] == number])["accuracy"].item()]
         return result
 
     def save_final(self) -> None:
@@ -322,8 +352,30 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         with overridden(self, precompute_ref_logps=True):
             result = super().compute_loss(recorded, inputs, return_outputs)
         loss, outputs = result if return_outputs else (result, None)
-        added, metrics = self.objective.added_terms(cast(torch.Tensor, policy[0].log_probs), inputs, self.beta)
+        log_probs = cast(torch.Tensor, policy[0].log_probs)
+        added, metrics = self.objective.added_terms(log_probs, inputs, self.beta)
+        self.record_pairs(log_probs.detach(), inputs)
         for name, value in metrics.items():
             mode = "train" if self.model.training else "eval"
             self._metrics[mode][name].append(self.accelerator.gather_for_metrics(value).mean().item())
         return (loss + added, outputs) if return_outputs else loss + added
+
+    def record_pairs(self, log_probs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
+        """Log accuracy and ties of the implicit rewards, beta times the log-ratio of policy and reference; TRL's
+        `rewards/accuracies` counts a tie as lost, and all pairs tie before the first step."""
+        sides = zip(log_probs.sum(dim=1).chunk(2), ("ref_chosen_logps", "ref_rejected_logps"), strict=True)
+        self.rewards = self.beta * torch.stack([logps - inputs[name] for logps, name in sides], dim=1)
+        pairs = self.accelerator.gather_for_metrics(self.rewards)
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        for name in ("accuracy", "ties"):
+            metrics[name].append(pair_metrics(pairs)[name].item())
+        if not self.model.training:
+            self.evaluated.append(pairs.float().cpu())
+
+    def evaluation_loop(self, *args: object, **kwargs: object) -> EvalLoopOutput:
+        """Evaluate with every pair counted once in `accuracy` and `ties`; TRL averages its metrics over batches."""
+        self.evaluated = []
+        result = super().evaluation_loop(*args, **kwargs)  # type: ignore[arg-type]
+        metrics = pair_metrics(torch.cat(self.evaluated))
+        self._metrics["eval"] |= {name: [metrics[name].item()] for name in ("accuracy", "ties")}
+        return result
