@@ -70,7 +70,7 @@ def rewritten_page(run) -> str:
     [
         ("sft", ["loss", "learning_rate", "grad_norm", "tokens_per_second", "mean_token_accuracy"]),
         ("rm", ["loss", "accuracy", "margin", "grad_norm"]),
-        ("dpo", ["loss", "rewards/margins", "rewards/accuracies", "tokens_per_second"]),
+        ("dpo", ["loss", "rewards/margins", "accuracy", "tokens_per_second"]),
     ],
 )
 def test_the_curves_are_what_was_logged(trainers, task, keys):

@@ -48,6 +48,32 @@ def test_the_trackers_are_transformers():
     assert set(CHOICES["report_to"]) - {"none", "all"} == set(INTEGRATION_TO_CALLBACK)
 
 
+@pytest.mark.parametrize(
+    "name", sorted(schema.PATHS - {"datasets", "deepspeed", "fsdp_config", "accelerator_config", "eval_prompts"})
+)
+def test_a_path_may_begin_with_a_variable_or_the_home_folder(name, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    task = next(task for task in TASKS if name in schema.task_keys(task))
+    field, hint = schema.task_keys(task)[name]
+    paths = {"~/a": "/home/me/a", "$SCRATCH/a": "/scratch/a", "${SCRATCH}/a": "/scratch/a", "a/~b": "a/~b"}
+    for written, expected in paths.items():
+        value = schema.read_value(name, written, field, hint)
+        assert value in (expected, [expected])
+    for written in ("$NOWHERE/a", "${NOWHERE}/a", "~nobody_here/a"):
+        with pytest.raises(RecipeError, match=f"`{name}`.*is not set in the environment"):
+            schema.read_value(name, written, field, hint)
+
+
+def test_paths_in_a_mixture_and_of_prompts_are_expanded_and_prompts_are_not(monkeypatch):
+    monkeypatch.setenv("SCRATCH", "/scratch")
+    keys = {"datasets": [{"path": "$SCRATCH/a", "data_dir": "$SCRATCH/b"}], "dataset_name": None, "do_eval": True}
+    recipe = parse("sft", {**BASE, **keys, "eval_prompts": ["$SCRATCH/p.txt"]})
+    assert (recipe.script.datasets[0].path, recipe.script.datasets[0].data_dir) == ("/scratch/a", "/scratch/b")
+    assert recipe.training.eval_prompts == ["/scratch/p.txt"]
+    assert parse("sft", {**BASE, "do_eval": True, "eval_prompts": ["It costs $NOWHERE."]}).training.eval_prompts
+
+
 def test_all_mistakes_are_said_at_once():
     with pytest.raises(RecipeError) as error:
         parse("sft", BASE | {"learning_rte": 1, "torch_dtype": "x", "max_length": 0})

@@ -157,3 +157,14 @@ def test_the_command_writes_a_recipe_and_tells_what_is_left(tmp_path):
 def test_the_page_holds_the_tables():
     page = (ROOT / "docs" / "migrating.md").read_text()
     assert page[page.index("## ") :] == tables(), "write tables() into docs/migrating.md, from its first table on"
+
+
+def test_what_openrlhf_leaves_off_or_does_differently_is_carried_over_or_said():
+    data = "--model.model_name_or_path m --data.dataset d"
+    assert migrate(f"train_sft {data}").recipe["router_aux_loss_coef"] == 0
+    assert migrate(f"train_dpo {data} --model.aux_loss_coef 0.1").recipe["router_aux_loss_coef"] == 0.1
+    rewards = migrate(f"train_rm {data} --data.max_len 64 --model.margin_loss_enable --model.loss_type logexp")
+    assert "use_margin" not in rewards.recipe and "router_aux_loss_coef" not in rewards.recipe
+    assert any("logexp ignores the margin" in line for line in rewards.remarks())
+    assert "OpenRLHF cuts longer pairs of a reward model, tunebook drops them" in str(rewards)
+    assert migrate(f"train_rm {data} --model.margin_loss_enable").recipe["use_margin"] is True

@@ -5,6 +5,8 @@ Unknown keys fail with the nearest names, renamed keys with the new one, wrong t
 
 import dataclasses
 import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
@@ -22,6 +24,13 @@ from .needs import holds
 from .rules import CHOICES, NEEDS, RANGES, contradictions
 
 Training = configs.SFTConfig | configs.RewardConfig | configs.DPOConfig
+
+# Keys that are a path, or may be one
+PATHS = {
+    *("output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name", "datasets", "eval_dataset_name"),
+    *("chat_template_path", "resume_from_checkpoint", "benchmarks", "pair_benchmarks", "deepspeed", "fsdp_config"),
+    *("accelerator_config", "eval_prompts"),
+}
 
 TASKS: dict[str, tuple[type[configs.ScriptArguments], type[Training], type[configs.ModelConfig]]] = {
     "sft": (configs.ScriptArguments, configs.SFTConfig, configs.ModelConfig),
@@ -124,11 +133,31 @@ def read_value(name: str, value: object, field: dataclasses.Field[object], hint:
         message = fault["msg"][0].lower() + fault["msg"][1:]
         raise RecipeError(f"`{name}{where}`: {message}, got {brief(fault['input'])} ({describe(hint)}).") from error
     check_size(name, value)
+    if name in PATHS:
+        value = [expand_paths(name, v) for v in value] if isinstance(value, list) else expand_paths(name, value)
     choices = field.metadata.get("choices") or list_choices(name, hint)
     given = value if isinstance(value, list) else [] if value is None else [value]
     if choices and (wrong := [choice for choice in given if choice not in choices]):
         raise RecipeError(f"`{name}`: {brief(wrong[0])} is not one of {', '.join(choices)}.")
     return value
+
+
+def expand_paths(name: str, value: object) -> object:
+    """Return a path with `~` and variables of the environment replaced, also those of an entry of `datasets`; another
+    value as it is.
+
+    Raises:
+        RecipeError: for a variable or a user that is not there.
+    """
+    if isinstance(value, configs.DatasetConfig):
+        places = {place: expand_paths(f"{name}: {place}", vars(value)[place]) for place in ("path", "data_dir")}
+        return dataclasses.replace(value, **places)  # type: ignore[arg-type] # a path stays a path
+    if not isinstance(value, str) or (name == "eval_prompts" and not value.endswith((".txt", ".jsonl"))):
+        return value
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if lost := re.search(r"\$\{?\w+\}?|^~[^/]*", expanded):
+        raise RecipeError(f"`{name}` {value}: {lost[0]} is not set in the environment. Set it, or write the path.")
+    return expanded
 
 
 def check_size(name: str, value: object) -> None:
