@@ -15,6 +15,7 @@ import yaml
 from conftest import ROOT
 from lm_eval.config.evaluate_config import EvaluatorConfig
 from lm_eval.tasks import TaskManager
+from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from slurm_cluster import slurm_cluster
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -246,3 +247,28 @@ def test_slurm_jobs_give_their_scores_and_their_failures(tmp_path, monkeypatch, 
         jobs.submit("org/model", 2)
         [row] = jobs.wait()
         assert row.status == "failed" and "no such model" in row.error
+
+
+def test_an_adapter_with_more_tokens_than_its_base_is_merged_first(tiny, tmp_path, monkeypatch):
+    """lm-eval would load the base model, whose embeddings have too few rows for the adapter's."""
+    tokenizer, base = AutoTokenizer.from_pretrained(tiny), AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer.add_tokens(["<one>", "<two>"])
+    base.resize_token_embeddings(len(tokenizer))
+    config = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    script = """
+import json, sys
+from transformers import AutoModelForCausalLM
+model, folder = sys.argv[1:]
+scores = {"arithmetic": {"acc,none": len(AutoModelForCausalLM.from_pretrained(model).get_input_embeddings().weight)}}
+json.dump({"results": scores}, open(folder + "/results_1.json", "w"))
+"""
+    command = lambda benchmark, model, out, revision=None: [sys.executable, "-c", script, model, str(out)]  # noqa: E731
+    monkeypatch.setattr(benchmarks, "lm_eval_command", command)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT / "src"))
+    [row] = BenchmarkJobs(tmp_path / "run", ARITHMETIC).run(str(tmp_path / "adapter"))
+    assert row.status == "completed", row.error
+    assert row.scores == {"arithmetic": {"acc": len(tokenizer)}}
+    assert not list(tmp_path.glob("run/**/merged"))
+    assert not benchmarks.has_larger_vocabulary(str(tiny))

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 from typing import Any, cast
 
 from accelerate.utils import broadcast_object_list
-from transformers import TrainerState
+from transformers import AutoConfig, AutoTokenizer, TrainerState
 
 from ..checkpoints import optional, step_of
 from ..environment import without_launcher
@@ -77,6 +77,20 @@ def lm_eval_command(benchmark: Path, model: str, output_path: Path, revision: st
         model_args["revision"] = revision
     command = [sys.executable, "-m", "lm_eval", "run", "--config", str(benchmark)]
     return [*command, "--model_args", json.dumps(model_args), "--output_path", str(output_path)]
+
+
+def has_larger_vocabulary(model: str) -> bool:
+    """Return whether a model is the folder of an adapter with more tokens than its base model has rows of embeddings:
+    lm-eval loads the base model as it is, which the adapter then does not fit."""
+    if not (Path(model) / "adapter_config.json").exists():
+        return False
+    base = json.loads((Path(model) / "adapter_config.json").read_text())["base_model_name_or_path"]
+    rows: int = AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    return len(AutoTokenizer.from_pretrained(model)) > rows
+
+
+def merge_command(adapter: str, out: Path) -> list[str]:
+    return [sys.executable, "-c", "from tunebook.tools.cli import app; app()", "merge", adapter, str(out)]
 
 
 def sbatch_command(command: list[str], name: str, log: Path, timeout: float) -> list[str]:
@@ -194,7 +208,9 @@ class BenchmarkJobs:
         folder, device = self.step_folder(row.step) / row.benchmark, self.free_devices.get()
         timeout: float | None = self.timeout
         log, start = folder / "log.txt", time.monotonic()
-        command = lm_eval_command(benchmark, row.model, folder, row.revision)
+        merges = has_larger_vocabulary(row.model)
+        model = str(folder / "merged") if merges else row.model
+        command = lm_eval_command(benchmark, model, folder, row.revision)
         if self.launcher == "slurm":
             command, timeout = sbatch_command(command, f"benchmark-{row.benchmark}-{row.step}", log, self.timeout), None
         try:
@@ -203,6 +219,8 @@ class BenchmarkJobs:
             # In the process group of the training, so that what ends the training ends the benchmark
             with log.open("ab") as stream:
                 run = partial(subprocess.run, stdout=stream, stderr=subprocess.STDOUT)
+                if merges:
+                    run(merge_command(row.model, folder / "merged"), env=without_launcher(os.environ, device))
                 done = run(command, cwd=benchmark.parent, env=without_launcher(os.environ, device), timeout=timeout)
             try:
                 row.scores, row.stderr = read_scores(folder, benchmark_tasks(benchmark))
@@ -213,6 +231,7 @@ class BenchmarkJobs:
         except OSError as error:  # a full disk
             row.status, row.error = "failed", str(error)
         finally:
+            shutil.rmtree(folder / "merged", ignore_errors=True)
             self.free_devices.put(device)
         row.seconds = round(time.monotonic() - start, 1)
         if row.status != "completed":
