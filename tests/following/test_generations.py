@@ -74,6 +74,9 @@ class TestPrompts:
         assert load_prompts(["one", "two"], rows) == ["one", "two"]
         assert load_prompts([str(tmp_path / "a.txt")], rows) == ["one", "two"]
         assert load_prompts([str(tmp_path / "a.jsonl")], rows) == ["p", messages]
+        for name, content in (("bom.txt", "\ufeffone\r\n \r\n"), ("bom.jsonl", '\ufeff{"prompt": "one"}\r\n')):
+            (tmp_path / name).write_bytes(content.encode())
+            assert load_prompts([str(tmp_path / name)], rows) == ["one"]
         assert load_prompts(["column:question"], rows) == ["q1", "q2"]
 
     @pytest.mark.parametrize("entry", ["column:nothing", "missing.txt"])

@@ -4,7 +4,6 @@ A metric is a function `metric(samples, prompts, outputs) -> {name: [a value for
 strings, as in trlx. A sample is what the model read, followed by its output.
 """
 
-import json
 import os
 import pkgutil
 import random
@@ -33,6 +32,7 @@ from transformers import (
 from trl.models.utils import unwrap_model_for_generation
 
 from ..checkpoints import optional
+from ..data.files import read_files
 from ..data.rendering import RenderSettings
 from ..errors import brief, foreign
 from ..files import append_rows
@@ -79,10 +79,9 @@ def load_prompts(eval_prompts: Sequence[str], columns: Mapping[str, Sequence[Pro
     elif name.endswith((".txt", ".jsonl")):
         if not Path(name).is_file():
             raise ValueError(f"`eval_prompts`: there is no file {name}.")
-        prompts = [line for line in Path(name).read_text().splitlines() if line.strip()]
-        if name.endswith(".jsonl"):
-            rows = [json.loads(str(line)) for line in prompts]
-            prompts = [row["messages"] if "messages" in row else row["prompt"] for row in rows]
+        rows = list(read_files([Path(name)]))
+        found = [row.get("text") or row.get("messages") or row.get("prompt") for row in rows]
+        prompts = [prompt for prompt in found if prompt and not (isinstance(prompt, str) and prompt.isspace())]
     else:
         prompts = list(eval_prompts)
     if not prompts:
