@@ -6,6 +6,7 @@ from pathlib import Path
 import datasets
 from datasets import Dataset
 
+from tunebook.data.layouts import choose_layout
 from tunebook.data.loading import process
 from tunebook.data.rendering import RenderSettings
 
@@ -13,7 +14,7 @@ from tunebook.data.rendering import RenderSettings
 def test_cached_tokens_that_are_damaged_are_made_anew_with_one_line(tokenizer, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     rows = Dataset.from_dict({"prompt": [f"what is {i}? " for i in range(50)], "completion": ["five"] * 50})
-    settings = RenderSettings("sft", tokenizer, None, {"prompt": "prompt", "completion": "completion"})
+    settings = RenderSettings("sft", tokenizer, None, choose_layout("sft", ["prompt", "completion"], {}))
     whole = process(rows, settings)[0].to_dict()
     [file] = (Path(tmp_path) / "tunebook").glob("*.arrow")
     content, draw = file.read_bytes(), random.Random(0)

@@ -9,7 +9,8 @@ import trl
 from conftest import CORPUS, build_tokenizer, read_cases, write_rows
 
 from tunebook.data import load_data, read_sources, settle_template
-from tunebook.data.loading import fingerprint, process
+from tunebook.data.layouts import Layout
+from tunebook.data.loading import Reason, fingerprint, process
 from tunebook.data.rendering import RenderSettings
 from tunebook.data.sources import load_source
 from tunebook.errors import RecipeError
@@ -99,10 +100,10 @@ def test_every_dropped_row_is_counted_by_reason_and_a_cut_row_gets_no_false_eos(
     report = data.counts["train"]
     assert (report.read, report.kept, report.cut) == (7, 2, 1)
     assert report.dropped == {
-        "missing prompt": {"rows": 2, "first_row": 1},
-        "completion is int, not str or list": {"rows": 1, "first_row": 2},
-        "empty answer": {"rows": 1, "first_row": 3},
-        "nothing to train on within max_length": {"rows": 1, "first_row": 5},
+        "missing prompt": Reason(2, 1),
+        "completion is int, not str or list": Reason(1, 2),
+        "empty answer": Reason(1, 3),
+        "nothing to train on within max_length": Reason(1, 5),
     }
     cut = data.train[1]["input_ids"]
     assert len(cut) == 60 and tokenizer.eos_token_id not in cut
@@ -116,7 +117,9 @@ def test_a_template_that_rejects_a_role_order_says_which_row(tmp_path):
         "{{ raise_exception('roles must alternate') }}{% endif %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     )
     data = load("sft", strict, tmp_path, [{"messages": CHAT}, {"messages": CHAT[::-1]}])
-    assert data.counts["train"].dropped == {"chat template error: roles must alternate": {"rows": 1, "first_row": 1}}
+    assert data.counts["train"].dropped == {
+        "the chat template fails": Reason(1, 1, "TemplateError: roles must alternate")
+    }
 
 
 # ---- Loss masks ----
@@ -168,7 +171,7 @@ def test_assistant_only_is_refused_where_turns_have_no_certain_place(tmp_path):
     forgetful = build_tokenizer(
         template="{% for m in messages %}{{ m['role'] }}:{% if loop.last %}{{ m['content'] }}{% endif %}\n{% endfor %}"
     )
-    with pytest.raises(RecipeError, match="assistant turns cannot be told apart"):
+    with pytest.raises(RecipeError, match="uncertain where an answer begins or ends"):
         load("sft", forgetful, tmp_path, [{"messages": LONGER}], assistant_only_loss=True)
 
 
@@ -296,20 +299,20 @@ def test_useless_pairs_are_dropped_and_counted(tmp_path, tokenizer):
     ]
     dpo = load("dpo", tokenizer, tmp_path, rows, max_length=20).counts["train"]
     assert dpo.kept == 1
-    assert {reason: entry["first_row"] for reason, entry in dpo.dropped.items()} == {
+    assert {reason: entry.first_row for reason, entry in dpo.dropped.items()} == {
         "chosen equals rejected": 1,
         "the prompt fills max_length": 2,
         "chosen equals rejected within max_length": 3,
         "missing rejected": 4,
     }
     rm = load("rm", tokenizer, tmp_path, rows, max_length=20).counts["train"]
-    assert rm.dropped["longer than max_length"]["rows"] == 2
+    assert rm.dropped["longer than max_length"].rows == 2
 
 
 def test_a_margin_column_is_never_ignored_in_silence(pair_rows, tmp_path, tokenizer, caplog):
     data = load("rm", tokenizer, tmp_path, dataset_name=str(pair_rows))
     assert "margin" not in data.train.column_names
-    assert "margin that is not used" in caplog.text
+    assert "columns that are not used: margin" in caplog.text
     assert load("rm", tokenizer, tmp_path, dataset_name=str(pair_rows), use_margin=True).train[1]["margin"] == 0.5
 
 
@@ -332,7 +335,8 @@ def test_the_cache_is_used_again_and_depends_on_template_and_keys(tmp_path, monk
 
 
 def test_several_workers_give_the_same_rows(tmp_path, tokenizer):
-    settings = RenderSettings("sft", tokenizer, 200, {"prompt": "prompt", "completion": "completion"})
+    layout = Layout("prompt and completion", {"prompt": "prompt", "completion": "completion"})
+    settings = RenderSettings("sft", tokenizer, 200, layout)
     rows = datasets.concatenate_datasets([TABLE] * 3)
     one, _ = process(rows, settings)
     shutil.rmtree(datasets.config.HF_DATASETS_CACHE / "tunebook")

@@ -7,10 +7,14 @@ from dataclasses import replace
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from tunebook.data.rendering import FORMAT_VERSION, RenderSettings
+from tunebook.data.layouts import Layout, choose_layout
+from tunebook.data.rendering import FORMAT_VERSION, Renderer, RenderSettings
 from tunebook.data.tokens import CUT, KEPT, process_batch
 
-HASHES = {1: "499e471955fc6163eb1a58406985d7ff5b3647cca0c3d6a3ca086f57f9f75a66"}
+HASHES = {
+    1: "499e471955fc6163eb1a58406985d7ff5b3647cca0c3d6a3ca086f57f9f75a66",
+    2: "3df367b0aaebb705e6148ac06d8202b6be71748a6eced484fb8b1a79bc9eb0e0",
+}
 
 TEMPLATE = (
     "{{ mood }}{% if tools %}{{ tools | tojson }}{% endif %}"
@@ -39,6 +43,10 @@ TEXTS = {"text": ["the quick brown fox", "", "zwölf <e>"]}
 PAIRS = {"prompt": PROMPTS["prompt"], "chosen": ["5 and 6", "one", "four"], "rejected": ["5 and 7", "one", "three"]}
 TURN_PAIRS = {"prompt": [[USER]], "chosen": [[ASSISTANT]], "rejected": [[SIX]]}
 WHOLE_PAIRS = {"chosen": [CHAT, [USER, SIX]], "rejected": [[USER, SIX], CHAT]}
+CALL = {"name": "add", "arguments": '{"a": 1, "b": "zwei"}'}
+CALLS = {"conversations": [[*SHAREGPT, {"from": "function_call", "value": json.dumps(CALL)}, SHAREGPT[1]]]}
+ALPACA = {"instruction": ["add"] * 2, "input": ["2 3", ""], "output": ["5"] * 2, "history": [[["1 1", "2"]], None]}
+TOKENS = {"input_ids": [[1, 2, 3], [4, 5]], "labels": [[-100, 2, 3], [-100, 6]]}
 SCORED_PAIRS = {**PAIRS, "margin": [0.5, "1", None], "subset": ["easy", "hard", 3]}
 
 
@@ -53,7 +61,7 @@ def tokenize_everything() -> dict[str, list]:
     plain, marked = (PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<e>") for _ in range(2))
     plain.chat_template, marked.chat_template = TEMPLATE, MARKED
 
-    sft, rm, dpo = (RenderSettings(task, plain, None, {}) for task in ("sft", "rm", "dpo"))
+    sft, rm, dpo = (RenderSettings(task, plain, None, Layout("", {})) for task in ("sft", "rm", "dpo"))
     cases = [(sft, rows) for rows in (MESSAGES, TOOLS, PROMPTS, TURNS, TEXTS)]
     cases += [(task, rows) for task in (rm, dpo) for rows in (PAIRS, TURN_PAIRS, WHOLE_PAIRS, SCORED_PAIRS)]
     cases += [
@@ -62,16 +70,21 @@ def tokenize_everything() -> dict[str, list]:
         (replace(sft, assistant_only_loss=True, tokenizer=marked), TOOLS),
         (replace(sft, last_turn_only_loss=True, system_prompt="be brief"), MESSAGES),
         (replace(sft, completion_only_loss=False), PROMPTS),
-        (replace(sft, prompt_template="Q: {}\nA: "), PROMPTS),
+        (sft, PROMPTS, "Q: {}\nA: "),
         (replace(sft, apply_chat_template=True, system_prompt="be brief"), PROMPTS),
         (replace(sft, pretraining=True), TEXTS),
-        (replace(dpo, prompt_template="Q: {}\nA: ", apply_chat_template=True), PAIRS),
+        (replace(dpo, apply_chat_template=True), PAIRS, "Q: {}\nA: "),
+        (replace(sft, assistant_only_loss=True), CALLS),
+        (sft, ALPACA),
+        (sft, TOKENS),
     ]
     tokens = {}
-    for number, (settings, rows) in enumerate(cases):
-        columns = {name: name for name in rows}
+    for number, (settings, rows, *template) in enumerate(cases):
+        given = dict.fromkeys(["prompt_template"], *template) | {"use_margin": "margin" in rows}
+        given |= {"subset_column": "subset"} if "subset" in rows else {}
+        layout = choose_layout(settings.task, list(rows), given)
         for max_length in (None, 40):
-            batch = process_batch(rows, replace(settings, columns=columns, max_length=max_length))
+            batch = process_batch(rows, Renderer(replace(settings, layout=layout, max_length=max_length)))
             outcomes = batch.pop("outcome")
             tokens[f"{number} {max_length}"] = [
                 dict(zip(batch, row, strict=True))

@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer
 
-from tunebook.data.rendering import RenderSettings
+from tunebook.data.layouts import Layout
+from tunebook.data.rendering import Renderer, RenderSettings
 from tunebook.files import read_rows
 from tunebook.following import build_callbacks
 from tunebook.following.generations import (
@@ -89,8 +90,9 @@ class TestPrompts:
         answered = [*asked, {"role": "assistant", "content": "two"}]
         turn = "<|im_start|>user\none<|im_end|>\n<|im_start|>assistant\n"
 
-        def read(*prompts, **settings):
-            return render_prompts(prompts, RenderSettings("sft", tokenizer, None, {}, **settings))
+        def read(*prompts, prompt_template=None, **settings):
+            layout = Layout("prompt and completion", {}, prompt_template)
+            return render_prompts(prompts, Renderer(RenderSettings("sft", tokenizer, None, layout, **settings)))
 
         assert read("one") == ["one"]
         assert read("one", asked, answered, apply_chat_template=True) == [turn] * 3

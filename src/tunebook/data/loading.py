@@ -9,7 +9,7 @@ import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 import datasets
@@ -24,11 +24,13 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoints import checksums
 from ..errors import RecipeError
 from ..recipe import Recipe
-from ..recipe.configs import RewardConfig, SFTConfig
-from .rendering import RenderSettings
+from ..recipe.configs import SFTConfig
+from .audit import remedy
+from .rendering import Renderer, RenderSettings
 from .sources import Source, Sources, all_keys, first, list_entries, read_sources
 from .tokenizer import load_recipe_tokenizer, settle_template
 from .tokens import CUT, KEPT, process_batch, token_features
+from .turns import MessageMapping
 
 logger = logging.getLogger(__name__)
 
@@ -38,30 +40,48 @@ class NothingToTrain(RecipeError):
 
 
 @dataclass
+class Reason:
+    """Why rows are dropped, or what is wrong with them."""
+
+    rows: int
+    first_row: int  # from 0
+    example: str = ""  # what the first row shows
+
+    def __str__(self) -> str:
+        return f"first: row {self.first_row:,}{': ' * bool(self.example)}{self.example}"
+
+
+@dataclass
 class RowCounts:
     """What became of the rows of one split."""
 
     read: int = 0
     kept: int = 0
     cut: int = 0
-    dropped: dict[str, dict[str, int]] = field(default_factory=dict)  # reason -> `rows`, `first_row` (from 0)
+    dropped: dict[str, Reason] = field(default_factory=dict)
+    flawed: dict[str, Reason] = field(default_factory=dict)  # of rows that are kept, and not trained as they stand
 
-    def add(self, outcomes: pa.StringArray) -> None:
-        """Count the outcomes of one more source."""
-        for outcome, rows in (entry.values() for entry in pc.value_counts(outcomes).to_pylist()):
-            self.read += rows
-            self.kept += rows * (outcome in (KEPT, CUT))
-            self.cut += rows * (outcome == CUT)
-            if outcome not in (KEPT, CUT):
-                first_row = pc.index(outcomes, outcome).as_py()
-                self.dropped.setdefault(outcome, {"rows": 0, "first_row": first_row})["rows"] += rows
+    def add(self, outcomes: pa.Table) -> None:
+        """Count the outcomes and notes of one more source."""
+        outcome, note = (outcomes.column(name).combine_chunks() for name in ("outcome", "note"))
+        kept = pc.is_in(outcome, pa.array([KEPT, CUT]))
+        self.read += len(outcomes)
+        self.kept += pc.sum(kept).as_py() or 0
+        self.cut += pc.sum(pc.equal(outcome, CUT)).as_py() or 0
+        for counts, reasons in (
+            (self.dropped, pc.if_else(kept, None, outcome)),
+            (self.flawed, pc.if_else(kept, note, None)),
+        ):
+            for reason, rows in (entry.values() for entry in pc.value_counts(reasons.drop_null()).to_pylist()):
+                row = pc.index(reasons, reason).as_py()
+                example = note[row].as_py() if counts is self.dropped else None
+                counts.setdefault(reason, Reason(0, row, example or "")).rows += rows
 
     def __str__(self) -> str:
-        reasons = "".join(
-            f"; {entry['rows']:,} dropped: {reason} (first: row {entry['first_row']:,})"
-            for reason, entry in self.dropped.items()
-        )
-        return f"{self.kept:,} of {self.read:,} rows kept, {self.cut:,} of them cut{reasons}"
+        parts = [f"{self.kept:,} of {self.read:,} rows kept, {self.cut:,} of them cut"]
+        parts += [f"{entry.rows:,} dropped: {reason} ({entry})" for reason, entry in self.dropped.items()]
+        parts += [f"{entry.rows:,} kept although {reason} ({entry})" for reason, entry in self.flawed.items()]
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -76,7 +96,7 @@ class Data:
     raw_eval: Dataset | None
 
     def write_report(self, path: Path) -> None:
-        path.write_text(json.dumps({split: vars(counts) for split, counts in self.counts.items()}, indent=2) + "\n")
+        path.write_text(json.dumps({split: asdict(counts) for split, counts in self.counts.items()}, indent=2) + "\n")
 
 
 def load_recipe_data(recipe: Recipe, sample: int | None = None) -> tuple[PreTrainedTokenizerBase, Data]:
@@ -114,15 +134,18 @@ def load_data(recipe: Recipe, sources: Sources, tokenizer: PreTrainedTokenizerBa
 def refuse_idle_keys(recipe: Recipe, sources: Sequence[Source]) -> None:
     """Refuse a key that has no effect on the rows of any source."""
     given = all_keys(recipe)
-    roles = {role for source in sources for role in source.columns}
+    roles = {role for source in sources for role in source.layout.columns}
     has_turns = given["apply_chat_template"] or any(source.has_turns for source in sources)
     templated = (has_turns, "conversations, or apply_chat_template: true")
     needs = {
-        "assistant_only_loss": (roles - {"text"}, "conversations, or prompts and completions"),
+        "assistant_only_loss": (roles - {"text", "input_ids", "labels"}, "conversations, or prompts and completions"),
         "last_turn_only_loss": ("messages" in roles, "whole conversations (messages_column)"),
         "completion_only_loss": ("completion" in roles, "prompts and completions"),
-        "prompt_template": ("prompt" in roles, "a column of plain prompts"),
+        "prompt_template": (roles & {"prompt", "completion", "chosen"}, "a column of plain prompts"),
         "system_prompt": templated,
+        "system_column": templated,
+        "history_column": templated,
+        "message_mapping": templated,
         "chat_template": templated,
         "chat_template_path": templated,
     }
@@ -139,32 +162,54 @@ def tokenize_sources(
     for source in sources:
         settings.append(render_settings(recipe, source, tokenizer))
         name = f"{source.name} ({split})"
+        columns = ", ".join(f"{role}: {column}" for role, column in source.layout.columns.items())
+        logger.info("%s is read as %s (%s).", name, source.layout.name, columns)
+        if unused := source.layout.unused(source.rows.column_names):
+            keys = (
+                "`use_margin: true`" if unused == ["margin"] else "`system_column`, `history_column`, `prompt_template`"
+            )
+            message = "%s has columns that are not used: %s. Set what reads them (%s), or leave it if that is meant."
+            logger.warning(message, name, ", ".join(unused), keys)
         tokens, outcomes = process(source.rows, settings[-1], recipe.training.dataset_num_proc, name)
+        if trains_throughout(settings[-1]):
+            warn_of_trained_questions(tokens, name)
         parts.append(tokens)
         total.add(outcomes)
     return parts, settings, total
 
 
+def trains_throughout(settings: RenderSettings) -> bool:
+    """Return whether whole conversations are trained, questions and all."""
+    by_answers = settings.assistant_only_loss or settings.last_turn_only_loss
+    return settings.task == "sft" and settings.layout.name == "conversations" and not by_answers
+
+
+def warn_of_trained_questions(tokens: Dataset, name: str) -> None:
+    labels = pc.list_flatten(first(tokens, 1000).with_format("arrow")["labels"][:])
+    share = pc.mean(pc.not_equal(labels, -100)).as_py()
+    message = "%s: all turns of the conversations are trained (%.0f%% of the tokens), the user's too. "
+    logger.warning(message + "Set `assistant_only_loss: true` to train answers only.", name, 100 * share)
+
+
 def render_settings(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> RenderSettings:
     """Return how the rows of a source become tokens."""
     given, args = all_keys(recipe), recipe.training
-    if isinstance(args, RewardConfig) and not args.use_margin and "margin" in source.rows.column_names:
-        logger.warning("%s has a column margin that is not used. Set `use_margin: true` to use it.", source.name)
     keys = {f.name: given[f.name] for f in fields(RenderSettings) if f.name in given}
+    keys["message_mapping"] = MessageMapping(**(given["message_mapping"] or {}))
     if isinstance(args, SFTConfig) and args.packing and args.packing_strategy in ("bfd_split", "wrapped"):
         keys["max_length"] = None  # packing splits long rows
-    return RenderSettings(recipe.task, tokenizer, columns=source.columns, **keys)
+    return RenderSettings(recipe.task, tokenizer, layout=source.layout, **keys)
 
 
 def process(
     dataset: Dataset, settings: RenderSettings, num_proc: int | None = None, name: str = ""
-) -> tuple[Dataset, pa.StringArray]:
+) -> tuple[Dataset, pa.Table]:
     """Tokenize a data set in batches, or take it from the cache if the same rows were tokenized the same way before.
 
     All ranks share the cache: rank 0 writes it, the others read it.
 
     Returns:
-        The tokens of the rows that can be trained on, and the outcome of every row.
+        The tokens of the rows that can be trained on, and the outcome and note of every row.
 
     Raises:
         NothingToTrain: when no row can be trained on.
@@ -176,7 +221,7 @@ def process(
         tokens = dataset.map(
             process_batch,
             batched=True,
-            fn_kwargs={"settings": settings},
+            fn_kwargs={"renderer": Renderer(settings)},
             remove_columns=dataset.column_names,
             features=token_features(settings),
             num_proc=num_proc,
@@ -185,15 +230,20 @@ def process(
             load_from_cache_file=True,
             desc=f"Tokenizing {name}",
         )
-    outcomes = tokens.data.column("outcome").combine_chunks()
+    outcomes = tokens.data.table.select(["outcome", "note"])
     counts = RowCounts()
     counts.add(outcomes)
     logger.log(logging.WARNING if counts.dropped else logging.INFO, "%s: %s", name, counts)
     if not counts.kept:
         raise NothingToTrain(f"No row of {name} can be trained on: {counts}.")
+    for flaw, reason in counts.flawed.items():
+        if reason.rows > counts.kept / 100:
+            message = "%s: %.0f%% of the rows are trained although %s (first: row %d). %s"
+            logger.warning(message, name, 100 * reason.rows / counts.kept, flaw, reason.first_row, remedy(flaw))
     if counts.dropped:
-        tokens = tokens.select(np.flatnonzero(pc.is_in(outcomes, pa.array([KEPT, CUT])).to_numpy(zero_copy_only=False)))
-    return tokens.remove_columns("outcome"), outcomes
+        kept = pc.is_in(outcomes["outcome"], pa.array([KEPT, CUT]))
+        tokens = tokens.select(np.flatnonzero(kept.to_numpy()))
+    return tokens.remove_columns(["outcome", "note"]), outcomes
 
 
 @contextmanager

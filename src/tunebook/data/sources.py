@@ -7,6 +7,8 @@ from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict
 
 from ..errors import RecipeError
@@ -14,7 +16,8 @@ from ..files import shipped
 from ..recipe import Recipe
 from ..recipe.configs import DatasetConfig
 from .files import find_splits, kind_of, saved_splits, take_split
-from .layouts import choose_columns
+from .layouts import Layout, choose_layout
+from .turns import looks_like_turns
 
 
 @dataclass(frozen=True)
@@ -23,11 +26,31 @@ class Source:
 
     name: str
     rows: Dataset
-    columns: dict[str, str]  # see [`choose_columns`]
+    layout: Layout
 
     @property
     def has_turns(self) -> bool:
-        return any(isinstance(self.rows[0][name], list) for name in self.columns.values())
+        """Return whether any row has turns: lists, or the JSON text of one."""
+        roles = ("messages", "prompt", "completion", "chosen", "rejected")
+        columns = [self.layout.columns[role] for role in roles if role in self.layout.columns]
+        return self.layout.of_turns or any(has_turns(self.rows, column) for column in columns)
+
+
+def has_turns(rows: Dataset, column: str) -> bool:
+    """Return whether a column holds turns in any row."""
+    table = rows.with_format("arrow").select_columns(column)
+    for values in (batch[column] for batch in table.iter(batch_size=100_000)):
+        if pa.types.is_nested(values.type):
+            return True
+        if isinstance(values.type, pa.BaseExtensionType):  # JSON, in which a text stands in quotes
+            texts = pa.chunked_array([chunk.storage for chunk in values.chunks])
+            if pc.any(pc.match_substring_regex(texts, r"^\s*[\[{]")).as_py():
+                return True
+        elif pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
+            candidates = values.filter(pc.match_substring_regex(values, r"^\s*\[\s*\{"))
+            if any(looks_like_turns(text) for text in candidates[:100].to_pylist()):
+                return True
+    return False
 
 
 @dataclass(frozen=True)
@@ -124,7 +147,7 @@ def choose_source(recipe: Recipe, name: str, rows: Dataset, share: float) -> Sou
     if share < 1:
         generator = np.random.default_rng(recipe.training.seed)
         rows = rows.select(np.sort(generator.choice(len(rows), max(1, round(share * len(rows))), replace=False)))
-    return Source(name, rows, choose_columns(recipe.task, rows.column_names, all_keys(recipe)))
+    return Source(name, rows, choose_layout(recipe.task, rows.column_names, all_keys(recipe)))
 
 
 def all_keys(recipe: Recipe) -> dict[str, Any]:

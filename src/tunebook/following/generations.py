@@ -33,8 +33,10 @@ from trl.models.utils import unwrap_model_for_generation
 
 from ..checkpoints import optional
 from ..data.files import read_files
-from ..data.rendering import RenderSettings
-from ..errors import brief, foreign
+from ..data.layouts import Layout, template_columns
+from ..data.rendering import Renderer, RenderSettings
+from ..data.turns import Dropped, MessageMapping
+from ..errors import brief
 from ..files import append_rows
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RunConfig, ScriptArguments
@@ -118,35 +120,32 @@ def sweep(generation_kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [{keys[0]: value} for value in generation_kwargs[keys[0]]] if keys else [{}]
 
 
-def render_prompts(prompts: Sequence[Prompt], settings: RenderSettings) -> list[str]:
-    """Return what the model reads, rendered like training rows.
+def render_prompts(prompts: Sequence[Prompt], renderer: Renderer) -> list[str]:
+    """Return what the model reads, rendered like training rows; see [`Renderer.question`].
 
-    Conversations, and with `apply_chat_template` texts as a user's turn, pass through the chat template, up to the
-    assistant's turn. An assistant's last turn is left out, as the model is to give it. A text is put into
-    `prompt_template` first.
+    Raises:
+        ValueError: a prompt cannot be rendered (which one, and why).
     """
-    system = [{"role": "system", "content": settings.system_prompt}] if settings.system_prompt else []
     texts: list[str] = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            prompt = (settings.prompt_template or "{}").replace("{}", prompt)
-            if not settings.apply_chat_template:
-                texts.append(prompt)
-                continue
-            prompt = [{"role": "user", "content": prompt}]
-        messages = prompt if prompt[0]["role"] == "system" else system + prompt
-        messages = messages[:-1] if messages[-1]["role"] == "assistant" else messages
-        with foreign("`eval_prompts`: the chat template", f"fails on {brief(prompt)}"):
-            text = settings.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        texts.append(cast(str, text))
+    for number, prompt in enumerate(prompts):
+        try:
+            texts.append(renderer.question(prompt))
+        except Dropped as dropped:
+            raise ValueError(
+                f"`eval_prompts`: prompt {number} cannot be read: {dropped.reason} {brief(dropped.example)}"
+            ) from dropped
     return texts
 
 
 def render_settings(trainer: TRLTrainer, script: ScriptArguments) -> RenderSettings:
     """Return how the recipe renders prompts and completions."""
-    columns = {"prompt": "prompt", "completion": "completion"}
-    given = {key: vars(script)[key] for key in ("prompt_template", "system_prompt", "apply_chat_template")}
-    return RenderSettings("sft", trainer.processing_class, None, columns, **given)
+    template = script.prompt_template
+    if template is not None and any(name for name, _ in template_columns(template)):
+        template = None  # it makes a prompt of the columns of a training row
+    layout = Layout("prompt and completion", {"prompt": "prompt", "completion": "completion"}, template)
+    given = {key: vars(script)[key] for key in ("system_prompt", "apply_chat_template")}
+    mapping = MessageMapping(**(script.message_mapping or {}))
+    return RenderSettings("sft", trainer.processing_class, None, layout, mapping, **given)
 
 
 def trim(output: str, stop_sequences: Sequence[str]) -> str:
@@ -211,7 +210,7 @@ class GenerationCallback(TrainerCallback):
 
     def __init__(self, trainer: TRLTrainer, script: ScriptArguments, prompts: Sequence[Prompt]):
         self.args, self.trainer = cast(CausalLMConfig, trainer.args), trainer
-        self.texts = render_prompts(prompts, render_settings(trainer, script))
+        self.texts = render_prompts(prompts, Renderer(render_settings(trainer, script)))
         self.prompts = [p if isinstance(p, str) else text for p, text in zip(prompts, self.texts, strict=True)]
         self.has_special_tokens = bool(script.apply_chat_template) or not isinstance(prompts[0], str)
         self.metrics: list[Metric] = [import_object("eval_metrics", name) for name in self.args.eval_metrics]

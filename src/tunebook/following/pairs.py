@@ -14,11 +14,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel, TrainerCallback, TrainerState
 from trl.trainer.utils import pad
 
-from ..data.layouts import Dropped
 from ..data.rendering import Renderer
 from ..data.sources import load_source
 from ..data.tokens import tokenize
-from ..errors import RecipeError, foreign
+from ..data.turns import Dropped
+from ..errors import RecipeError, brief, foreign
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import RewardConfig, RunConfig, ScriptArguments
 from .generations import map_over_ranks, render_settings
@@ -140,6 +140,6 @@ def render_ids(rows: Iterable[dict[str, Any]], renderer: Renderer, name: str) ->
         with foreign(f"{name}, row {number}", "cannot be rendered"):
             try:
                 texts.append(renderer.sft(row))
-            except Dropped as reason:
-                raise RecipeError(f"{name}, row {number}: {reason}.") from reason
+            except Dropped as dropped:
+                raise RecipeError(f"{name}, row {number}: {dropped.reason} {brief(dropped.example)}.") from dropped
     return [ids for ids, _ in tokenize(texts, renderer.settings.tokenizer)]

@@ -89,9 +89,22 @@ class ScriptArguments(TRLScriptArguments):
     )
     max_train_samples: int | None = key(None, "Train on the first N rows only.", ge=1)
     max_eval_samples: int | None = key(None, "Evaluate on the first N rows only.", EVALUATION, ge=1)
-    prompt_column: str | None = key(None, "Column of the prompt: text or messages. Default: prompt.", TURNS)
+    prompt_column: str | None = key(
+        None, "Column of the prompt: text or messages. Default: prompt. none: pairs that have no prompt.", TURNS
+    )
     prompt_template: str | None = key(
-        None, "Put a plain prompt into this text at {}, e.g. 'User: {}\\nAssistant: '.", TURNS
+        None,
+        "Put a plain prompt into this text at {}, or columns at {name}; [[...]] is left out where they are empty.",
+        TURNS,
+    )
+    system_column: str | None = key(
+        None, "Column of system prompts. Default: system, in Alpaca's and ShareGPT's layouts.", TURNS
+    )
+    history_column: str | None = key(
+        None, "Column of earlier [question, answer] pairs. Default: history, in Alpaca's layout.", TURNS
+    )
+    message_mapping: dict[str, Any] | None = key(
+        None, "Names in messages: {role: ..., content: ..., roles: {theirs: ours}}.", TURNS
     )
     system_prompt: str | None = key(None, "System turn for conversations that have none.", TURNS, TEMPLATE)
     chat_template: str | None = key(None, "Jinja chat template itself.", TURNS, TEMPLATE, ONE_TEMPLATE)

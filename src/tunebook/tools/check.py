@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers.trainer_utils import SaveStrategy
 
-from ..data.loading import NothingToTrain, load_recipe_data
+from ..data.audit import remedy
+from ..data.loading import NothingToTrain, load_recipe_data, trains_throughout
 from ..data.tokenizer import CHATML, end_of_turn_ids
 from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded, zero_sharding
 from ..errors import RecipeError, user_errors
@@ -31,7 +32,7 @@ from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
 from ..training.refusals import refuse, refuse_few_rows
 from ..training.run import set_up_logging
-from .lengths import form_batches, lost_systems, measure_rows
+from .lengths import form_batches, measure_rows
 from .memory import estimate
 from .score import load_scorer, score_ids
 from .workload import Workload
@@ -211,7 +212,8 @@ def check(
         **{"recipe": recipe, "data": data, "lengths": lengths, "batches": batches, "schedule": schedule, "disk": disk},
         "has_default_template": tokenizer.chat_template == CHATML,
         "ends": ", ".join(tokenizer.convert_ids_to_tokens(ends)),
-        "systems": [lost_systems(source.rows, settings) for source, settings in data.sources],
+        "trained_throughout": any(trains_throughout(settings) for _, settings in data.sources),
+        "remedy": remedy,
         "judge": reward_model,
         "judged": judge_pairs(data.train, reward_model, args.seed) if reward_model and recipe.task != "sft" else None,
         "wilson": wilson,

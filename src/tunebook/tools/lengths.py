@@ -7,8 +7,6 @@ import numpy as np
 from datasets import Dataset
 from trl.data_utils import pack_dataset
 
-from ..data.layouts import Dropped, read_messages
-from ..data.rendering import Renderer, RenderSettings
 from ..errors import user_errors
 from ..packing.batches import TokenBatchSampler, decides_sharing, list_offsets, pair_lengths
 from ..recipe import Recipe
@@ -122,21 +120,3 @@ def pack_pairs(args: RewardConfig | DPOConfig, lengths: Lengths, batches: Batche
     groups = [np.array(group) for group in sampler]
     length, keys, scored = (max(int(n[group].sum()) for group in groups) for n in (packed, pairs, lengths.scored))
     return replace(batches, largest=Batch(1, length, scored, keys if shares else None, packed=True), count=len(groups))
-
-
-def lost_systems(rows: Dataset, settings: RenderSettings, count: int = 200) -> tuple[int, int]:
-    """Return how many of the first rows have a system turn, and how many of those lose its text in the template."""
-    renderer, seen, lost = Renderer(settings), 0, 0
-    columns = [name for role, name in settings.columns.items() if name and role not in ("margin", "subset")]
-    for row in rows.select(range(min(count, len(rows)))):
-        try:
-            turns = [t for name in columns if isinstance(row[name], list) for t in read_messages(row[name], "user")]
-            text = renderer.sft(row) if settings.task == "sft" else renderer.pair(row)[0]
-        except Dropped:
-            continue
-        systems = {turn["content"] for turn in turns if turn["role"] == "system"}
-        if not systems and settings.system_prompt is not None and text.templated:
-            systems = {settings.system_prompt}
-        seen += bool(systems)
-        lost += any(system.strip() not in text.text for system in systems)
-    return seen, lost

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from trl.data_utils import pack_dataset
 
 from ..data import load_recipe_data
+from ..data.rendering import Renderer
 from ..data.tokens import TOKEN_COLUMNS, process_batch
 from ..files import read_yaml, terminal
 from ..recipe import Recipe
@@ -60,7 +61,7 @@ def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
         row
         for source, settings in data.sources
         if settings.max_length is not None
-        for row in Dataset.from_dict(process_batch(source.rows[:], replace(settings, max_length=None)))
+        for row in Dataset.from_dict(process_batch(source.rows[:], Renderer(replace(settings, max_length=None))))
     ]
     columns = TOKEN_COLUMNS[recipe.task]
     shown = train.select(range(0, len(train), max(1, len(train) // count))[:count])

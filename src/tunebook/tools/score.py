@@ -7,7 +7,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from ..data.layouts import choose_columns
+from ..data.layouts import choose_layout
 from ..data.rendering import Renderer, RenderSettings
 from ..data.sources import load_source
 from ..errors import RecipeError, foreign
@@ -42,7 +42,7 @@ def score_file(model_name: str, path: str, out: Path, batch_size: int = 8) -> in
     """
     model, tokenizer = load_scorer(model_name)
     rows = load_source(path, "train")
-    renderer = Renderer(RenderSettings("sft", tokenizer, None, choose_columns("sft", rows.column_names, {})))
+    renderer = Renderer(RenderSettings("sft", tokenizer, None, choose_layout("sft", rows.column_names, {})))
     rewards = score_ids(model, render_ids(rows, renderer, path), batch_size)
     if not_finite := [number for number, reward in enumerate(rewards) if not math.isfinite(reward)]:
         raise RecipeError(
