@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+from enum import Enum
 
 import pytest
 import trl
@@ -72,6 +73,27 @@ def test_paths_in_a_mixture_and_of_prompts_are_expanded_and_prompts_are_not(monk
     assert (recipe.script.datasets[0].path, recipe.script.datasets[0].data_dir) == ("/scratch/a", "/scratch/b")
     assert recipe.training.eval_prompts == ["/scratch/p.txt"]
     assert parse("sft", {**BASE, "do_eval": True, "eval_prompts": ["It costs $NOWHERE."]}).training.eval_prompts
+
+
+ODD = [0, -1, 1.5, float("inf"), float("nan"), 2**63, "", "nope", "a" * 5000, "[]", [], {}, [None], {1: 2}, True, None]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_an_odd_value_of_any_key_is_taken_or_refused_in_a_message_with_the_key(task):
+    for name in schema.task_keys(task):
+        for value in ODD:
+            try:
+                parse(task, {**BASE, name: value})
+            except RecipeError as error:
+                assert name in str(error) and len(str(error)) < 2000, (name, value)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_key_that_is_set_to_its_default_is_never_refused(task):
+    names = schema.task_keys(task).keys() - schema.old_keys().keys() - BASE.keys()
+    for name in names:
+        value = schema.default(schema.task_keys(task)[name][0])
+        assert parse(task, {**BASE, name: value.value if isinstance(value, Enum) else value})
 
 
 def test_all_mistakes_are_said_at_once():

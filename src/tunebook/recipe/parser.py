@@ -5,13 +5,15 @@ and keys without effect in this combination with what would give them one. One m
 """
 
 import logging
+import re
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..errors import RecipeError, user_errors
+from ..errors import RecipeError, brief, plain
 from ..files import read_yaml, shipped
 from . import configs
 from .command_line import overridden, read_command_line
@@ -19,6 +21,9 @@ from .content import check_content
 from .schema import TASKS, Training, default, describe, faults, keys_of, old_keys, read_values
 
 logger = logging.getLogger(__name__)
+
+# What the configs of TRL and transformers raise for a value that they do not take, if they look at it at all
+UNFIT = (ValueError, TypeError, ImportError, OSError, AssertionError, AttributeError)
 T = TypeVar("T")
 
 
@@ -79,11 +84,35 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
         raise RecipeError("\n".join(messages))
     script, training, model = TASKS[task]
 
-    def build(cls: type[T]) -> T:
-        return cls(**{name: values[name] for name in keys_of(cls) if name in given})
+    def build_part(cls: type[T]) -> T:
+        return build(cls, {name: values[name] for name in keys_of(cls) if name in given})
 
-    with user_errors(TypeError, ImportError):
-        return Recipe(task, build(script), build(training), build(model), given)
+    return Recipe(task, build_part(script), build_part(training), build_part(model), given)
+
+
+def build(cls: type[T], keys: Mapping[str, Any]) -> T:
+    """Build a config of TRL's or transformers'.
+
+    Raises:
+        RecipeError: with their message, after the key that has to go, where they do not name one.
+    """
+    try:
+        return cls(**keys)
+    except UNFIT as error:
+        message = plain(error, 1000)
+        if not any(re.search(rf"\b{name}\b", message) for name in keys):
+            unfit = (name for name in keys if accepts(cls, {k: v for k, v in keys.items() if k != name}))
+            message = "".join(f"`{name}` {brief(keys[name])}: " for name in [*unfit][:1]) + (
+                message or "not understood"
+            )
+        raise RecipeError(message) from error
+
+
+def accepts(cls: type[object], keys: Mapping[str, Any]) -> bool:
+    with suppress(*UNFIT):
+        cls(**keys)
+        return True
+    return False
 
 
 def set_push_key(keys: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
 from ..environment import fsdp_version, launched_sharding, offloads_fsdp, uses_fsdp
-from ..errors import brief
+from ..errors import brief, plain
 from ..files import read_yaml
 from .needs import Values, holds, is_benchmark
 
@@ -71,7 +71,7 @@ def schedule_contradictions(v: Values) -> Iterator[str]:
     taken = parameters.keys() - {"optimizer", "num_warmup_steps", "num_training_steps", "last_epoch"}
     if isinstance(given, dict) and not takes_any and (unknown := given.keys() - taken):
         yield (
-            f"`lr_scheduler_kwargs`: {schedule.value} has no {', '.join(sorted(unknown))}. It takes "
+            f"`lr_scheduler_kwargs`: {schedule.value} has no {', '.join(sorted(map(str, unknown)))}. It takes "
             f"{', '.join(sorted(taken)) or 'nothing'}; or set another `lr_scheduler_type`."
         )
 
@@ -104,8 +104,8 @@ def metric_contradictions(v: Values) -> Iterator[str]:
     elif name not in (names := f"{known[v['task']]} {known['all']}".split()):
         near = difflib.get_close_matches(name, names, n=1) or names[:1]
         yield (
-            f"`metric_for_best_model` {metric}: no evaluation of this recipe has it. Did you mean eval_{near[0]}? "
-            f"There are {', '.join(names)}."
+            f"`metric_for_best_model` {plain(metric, 200)}: no evaluation of this recipe has it. Did you mean "
+            f"eval_{near[0]}? There are {', '.join(names)}."
         )
 
 
@@ -116,7 +116,7 @@ def hub_contradictions(v: Values) -> Iterator[str]:
         try:
             validate_repo_id(repo_id)
         except HFValidationError as error:
-            yield f"`hub_model_id` {brief(repo_id)} is not a name on the Hub: {error}"
+            yield f"`hub_model_id` is not a name on the Hub: {plain(error, 200)}"
         else:
             if v["push_to_hub_revision"] and "/" not in repo_id:
                 yield f"`hub_model_id` {repo_id} has no owner. Write owner/{repo_id}."
