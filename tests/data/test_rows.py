@@ -1,12 +1,13 @@
 """The model trains on what the row says, or the row is counted: random conversations through every template of TRL,
 templates that mislead, and every layout."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
 import trl
-from conftest import build_tokenizer, read_cases
+from conftest import ROOT, build_tokenizer, read_cases
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -125,3 +126,14 @@ def test_a_row_is_trained_as_it_says_or_counted(case):
     if "text" in case:
         ids = out["input_ids"] if "input_ids" in out else out.get("prompt_ids", []) + out["chosen_ids"]
         assert tokenizer.decode(ids) == case["text"]
+
+
+DOCUMENTED = re.findall(r"```json\n(.*?)```", (ROOT / "docs/data.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", DOCUMENTED)
+def test_a_row_of_the_docs_is_trained(block):
+    row = json.loads(block)
+    for task in ("dpo", "rm") if "rejected" in block else ("sft",):
+        out = process(task, tokenizer_for(TEMPLATES["calls"]), row)
+        assert (out["outcome"], out["note"]) == (KEPT, None)

@@ -109,6 +109,20 @@ def test_the_first_loss_equals_a_plain_computation(tiny, sft_rows, tmp_path):
     assert logged(trainer, "loss")[0] == pytest.approx(total / count, rel=1e-5)
 
 
+@pytest.mark.parametrize("strategy", ["bfd_split", "wrapped"])
+def test_pieces_without_a_label_do_not_lower_the_evaluations_loss(strategy, tiny, tmp_path):
+    rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "one two three " * 12, "completion": "five"}] * 4)
+    keys = {"packing": True, "packing_strategy": strategy, "max_length": 16, "per_device_eval_batch_size": 1}
+    keys |= {"eval_dataset_name": str(rows), "do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    trainer = train("sft", tiny, rows, tmp_path / "o", learning_rate=1e-30, **keys)
+    rows = trainer.eval_dataset.to_list()
+    assert rows and all(set(row["labels"]) != {-100} for row in rows)
+    if strategy == "wrapped":  # each row is one document
+        model = AutoModelForCausalLM.from_pretrained(tiny)
+        losses = [model(torch.tensor([r["input_ids"]]), labels=torch.tensor([r["labels"]])).loss for r in rows]
+        assert logged(trainer, "eval_loss")[0] == pytest.approx(torch.stack(losses).mean().item(), abs=1e-4)
+
+
 def test_interrupted_and_resumed_is_bit_for_bit_the_uninterrupted_run(tiny, sft_rows, tmp_path):
     """Dropout is on and the order of rows is shuffled, so the random state and the position must both come back."""
     same = {"save_steps": 1, "model_init_kwargs": {"attention_dropout": 0.2}, "lr_scheduler_type": "cosine"}

@@ -160,7 +160,7 @@ def tokenize_sources(
     """Return the tokens of each source, how each was tokenized, and the counts of all."""
     parts, settings, total = [], [], RowCounts()
     for source in sources:
-        settings.append(render_settings(recipe, source, tokenizer))
+        settings.append(render_settings(recipe, source, tokenizer, split))
         name = f"{source.name} ({split})"
         columns = ", ".join(f"{role}: {column}" for role, column in source.layout.columns.items())
         logger.info("%s is read as %s (%s).", name, source.layout.name, columns)
@@ -191,13 +191,14 @@ def warn_of_trained_questions(tokens: Dataset, name: str) -> None:
     logger.warning(message + "Set `assistant_only_loss: true` to train answers only.", name, 100 * share)
 
 
-def render_settings(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase) -> RenderSettings:
+def render_settings(recipe: Recipe, source: Source, tokenizer: PreTrainedTokenizerBase, split: str) -> RenderSettings:
     """Return how the rows of a source become tokens."""
     given, args = all_keys(recipe), recipe.training
     keys = {f.name: given[f.name] for f in fields(RenderSettings) if f.name in given}
     keys["message_mapping"] = MessageMapping(**(given["message_mapping"] or {}))
-    if isinstance(args, SFTConfig) and args.packing and args.packing_strategy in ("bfd_split", "wrapped"):
-        keys["max_length"] = None  # packing splits long rows
+    if isinstance(args, SFTConfig):
+        packs = args.packing if split == "train" or args.eval_packing is None else args.eval_packing
+        keys["splits"] = packs and args.packing_strategy in ("bfd_split", "wrapped")
     return RenderSettings(recipe.task, tokenizer, layout=source.layout, **keys)
 
 

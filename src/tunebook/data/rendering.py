@@ -28,7 +28,7 @@ from .turns import (
     text_turn,
 )
 
-# Raise it when rows become different tokens or labels: the key of the token cache depends on it
+# Raise it when rows become different tokens or labels; the cache of tokens depends on it
 FORMAT_VERSION = 2
 
 UNCERTAIN = "it is uncertain where an answer begins or ends in what the chat template writes"
@@ -62,6 +62,7 @@ class RenderSettings:
     last_turn_only_loss: bool = False
     completion_only_loss: bool | None = None
     pretraining: bool = False
+    splits: bool = False  # packing cuts longer rows into pieces
 
     def fingerprint(self, dataset: Dataset) -> str:
         """Return the cache's key for the tokens of a data set."""
@@ -368,9 +369,8 @@ class Renderer:
         """Return a text that begins with BOS at most once."""
         bos = self.settings.tokenizer.bos_token
         while bos and rendered.text.startswith(bos * 2):
-            shift = len(bos)
-            spans = rendered.spans and [(max(0, start - shift), end - shift) for start, end in rendered.spans]
-            rendered = Rendered(rendered.text[shift:], spans, True, rendered.flaw or SECOND_BOS)
+            spans = rendered.spans and [(max(0, a - len(bos)), b - len(bos)) for a, b in rendered.spans]
+            rendered = Rendered(rendered.text[len(bos) :], spans, True, rendered.flaw or SECOND_BOS)
         return rendered
 
 

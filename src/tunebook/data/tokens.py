@@ -62,7 +62,9 @@ def finish_sft(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, A
         labels[start:end] = ids[start:end]
     outcome = KEPT
     if settings.max_length is not None and len(ids) > settings.max_length:
-        ids, labels, outcome = ids[: settings.max_length], labels[: settings.max_length], CUT
+        outcome = CUT
+        if not settings.splits:
+            ids, labels = ids[: settings.max_length], labels[: settings.max_length]
     if labels.count(-100) == len(labels):
         outcome = f"nothing to train on{' within max_length' if outcome == CUT else ''}"
     return {"input_ids": ids, "labels": labels, "outcome": outcome}

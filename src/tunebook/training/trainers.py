@@ -73,8 +73,20 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
         # trl/trainer/sft_trainer.py:1228. Delete when rows with input_ids and labels are taken as they are.
         dataset = self.tokenized(dataset)
         if packing:
-            return super()._prepare_dataset(dataset, processing_class, args, packing, *rest)  # type: ignore[arg-type]
+            packed = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)  # type: ignore[arg-type]
+            return drop_unlabelled(packed)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
+
+
+def drop_unlabelled(packed: Dataset) -> Dataset:
+    """Return packed rows without those in which nothing is trained: pieces of long prompts, which have no loss."""
+    batches = packed.select_columns("labels").with_format("pandas").iter(batch_size=1000)
+    trained = np.array([(labels != -100).any() for batch in batches for labels in batch["labels"]], dtype=bool)
+    if trained.all():
+        return packed
+    left_out = len(packed) - int(trained.sum())
+    logger.info("%d of %d packed rows have nothing to train on and are left out.", left_out, len(packed))
+    return packed.select(np.flatnonzero(trained))
 
 
 class PairPackingMixin(ThroughputMixin, RunMixin):
