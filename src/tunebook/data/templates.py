@@ -138,7 +138,13 @@ class ChatTemplate:
         else:
             self.as_parts = False
         call = {"name": "call" + mark(2), "arguments": {"key" + mark(3): mark(4)}}
-        calls = Turn({"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]})
+        calls = Turn(
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [{"id": "call00000", "type": "function", "function": call}],
+            }
+        )
         for self.json_arguments, self.null_content in ((False, False), (False, True), (True, False), (True, True)):
             text = self.try_render([user, calls])
             key = "key" + mark(3)
@@ -270,8 +276,9 @@ class Shape:
         same = len(commonprefix([region, closing + opening]))
         if found and same == len(closing + opening):
             return self.place(begin + same, first)
-        if opening.strip() and (at := region.rfind(opening)) >= 0:
-            return self.place(begin + at + len(opening), first)
+        for text in (opening, opening.strip(), self.template.opening, self.template.opening.strip()):
+            if text.strip() and (at := region.rfind(text)) >= 0:
+                return self.place(begin + at + len(text), first)
         if found and same >= len(closing):  # the opening is longer than what this answer begins with
             return self.place(begin + same, first)
         return self.place(limit, first) if own and self.starts[own[0]] is not None else None
