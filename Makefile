@@ -7,7 +7,7 @@ ACCELERATE ?= $(if $(shell command -v nvidia-smi),single,cpu)
 LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE).yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft rm dpo slurm test lint format upstream perf
+.PHONY: help install quickstart sft rm dpo slurm test lint format upstream perf campaign
 
 help:  ## list the targets
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -60,3 +60,6 @@ upstream:  ## run the suite with the newest releases of TRL, transformers and th
 
 perf: install  ## compare the speed with TRL's own scripts
 	$(BIN)/python perf/compare.py
+
+campaign: install  ## try what survives what: kills, full disks, damaged files, a failing Hub (less than an hour)
+	$(BIN)/python tests/campaign/campaign.py

@@ -90,6 +90,7 @@ class Fault:
     status: int | None = None
     drop: bool = False
     seconds: float = 0.0
+    drip: bool = False
 
 
 class HubServer:
@@ -123,6 +124,10 @@ class HubServer:
 
     def delay(self, fragment: str, seconds: float):
         self.faults.append(Fault(fragment, seconds=seconds))
+
+    def drip(self, fragment: str):
+        """Answers a byte at a time."""
+        self.faults.append(Fault(fragment, drip=True))
 
     def faults_for(self, path: str) -> list[Fault]:
         with self.lock:
@@ -326,6 +331,11 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(answer)
+            if any(fault.drip for fault in faults):
+                for byte in answer:
+                    self.wfile.write(bytes([byte]))
+                    time.sleep(0.05)
+            else:
+                self.wfile.write(answer)
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET

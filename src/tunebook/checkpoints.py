@@ -325,4 +325,8 @@ def rotate(
 
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint, or the link to one that is elsewhere."""
-    checkpoint.unlink() if checkpoint.is_symlink() else shutil.rmtree(checkpoint)
+    if checkpoint.is_symlink():
+        checkpoint.unlink()
+    else:
+        begin(checkpoint)  # a process that is killed leaves one that is incomplete, and not one that is damaged
+        shutil.rmtree(checkpoint)

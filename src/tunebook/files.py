@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -174,6 +175,13 @@ def whole_folder(out: Path) -> Iterator[Path]:
         folder.mkdir()
         yield folder
         folder.rename(out)
+
+
+def delete_folder(folder: Path) -> None:
+    """Delete a folder. A process that is killed leaves it whole, or a hidden one for the next start to delete."""
+    hidden = folder.with_name(f".{folder.name}-deleted")
+    folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
 
 
 def terminal(text: object) -> str:

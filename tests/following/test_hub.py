@@ -187,8 +187,9 @@ def test_submit_does_not_wait_for_a_slow_hub(tmp_path, server, uploads):
     assert [server.repos[REPO].files(step_revision("v1", step)) for step in range(3)] == [MODEL] * 3
 
 
-def test_hub_that_accepts_a_request_and_never_answers_does_not_hold_the_run(tmp_path, server, monkeypatch, request):
-    server.delay("/preupload/", 60)
+@pytest.mark.parametrize("fault", [lambda hub: hub.delay("/preupload/", 60), lambda hub: hub.drip("/commits/")])
+def test_hub_that_never_ends_its_answer_does_not_hold_the_run(tmp_path, server, monkeypatch, request, fault):
+    fault(server)
     monkeypatch.setattr(hub, "SILENCE", 0.2)
     uploads = request.getfixturevalue("uploads")
     uploads.submit(write_checkpoint(tmp_path / "a"), REPO, "v1", "first")

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoTokenizer, TrainerState
 
 from ..checkpoints import optional, step_of
 from ..environment import without_launcher
-from ..files import read_yaml, shipped
+from ..files import delete_folder, read_yaml, shipped
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RunConfig
 from ..recipe.needs import is_benchmark
@@ -355,7 +355,7 @@ class BenchmarkCallback(StagingCallback):
 
     def _delete_staged(self) -> None:
         for step in self._staged_steps() - {*self.held, *self.jobs.unfinished_steps}:
-            shutil.rmtree(self._staged(step))
+            delete_folder(self._staged(step))
 
     def _submit(self, step: int, revision: str | None = None) -> None:
         self.jobs.submit(self.trainer.args.hub_model_id if revision else str(self._staged(step)), step, revision)

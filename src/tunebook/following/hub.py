@@ -10,6 +10,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from transformers import TrainerControl, TrainerState
 
 from ..checkpoints import DamagedError, checksum, optional, step_of
 from ..errors import RecipeError
-from ..files import append_rows, read_rows, whole_folder
+from ..files import append_rows, delete_folder, read_rows, whole_folder
 from ..recipe.configs import RunConfig
 from .staging import MODEL_FILES, StagingCallback, model_checksums, stage_model
 
@@ -125,6 +126,28 @@ def differing_files(api: HfApi, folder: Path, repo_id: str, revision: str) -> li
     return sorted([*found.extra_paths, *stale, *(file["path"] for file in found.mismatches)])
 
 
+class LimitedAnswer(httpx2.SyncByteStream):
+    """The body of an answer, which has failed when it is not whole after `SILENCE`."""
+
+    def __init__(self, stream: httpx2.SyncByteStream):
+        self.stream, self.end = stream, time.monotonic() + SILENCE
+
+    def __iter__(self) -> Iterator[bytes]:
+        for part in self.stream:
+            if time.monotonic() > self.end:
+                raise httpx2.ReadTimeout(f"The answer was not whole after {SILENCE} s.")
+            yield part
+
+    def close(self) -> None:
+        self.stream.close()
+
+
+def limit_answer(response: httpx2.Response) -> None:
+    """Limit the time of an answer of the Hub's API; files may take as long as they need."""
+    if "/api/" in response.url.path and isinstance(response.stream, httpx2.SyncByteStream):
+        response.stream = LimitedAnswer(response.stream)
+
+
 @dataclass(frozen=True)
 class Push:
     """A staged model and where it goes, kept next to it in `push.json`."""
@@ -192,15 +215,16 @@ class Uploads:
         self._pushed_file = Path(output_dir) / PUSHED
         self._known = {push.key for push in read_rows(self._pushed_file, PUSH)}
         for leftover in self.folder.glob(".*"):  # of a staging that was cut off
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
         staged, self.broken = read_staged(self.folder)
         self._queue = {push.revision: (folder, push) for folder, push in staged}
         self._changed = threading.Condition()
         self._failures = 0  # in a row
         self._closed = False
-        # PATCH(huggingface_hub<2.5): it waits forever for a server that accepts a connection and does not answer. Waits
-        # for huggingface_hub/utils/_http.py:348. Delete when its client has a time-out.
-        get_session().timeout = SILENCE
+        # PATCH(huggingface_hub<2.5): it waits forever for a server that accepts a connection and does not answer, or
+        # answers a byte at a time. Waits for huggingface_hub/utils/_http.py:348. Delete when its client has time-outs.
+        session = get_session()
+        session.timeout, session.event_hooks = SILENCE, {**session.event_hooks, "response": [limit_answer]}
         threading.Thread(target=self._work, name="hub-push", daemon=True).start()
 
     def holds(self, source: Path, repo_id: str, revision: str) -> bool:
@@ -295,7 +319,7 @@ class Uploads:
             self._known.add(push.key)
             for staged in self.folder.glob(f"*-{slug(revision)}"):
                 if staged <= folder:  # the older ones must not be pushed later
-                    shutil.rmtree(staged, ignore_errors=True)
+                    delete_folder(staged)
                     self.broken.pop(staged.name, None)
         elif isinstance(result, DamagedError):
             logger.warning("%s was not pushed to %s: %s", revision, push.repo_id, result)
