@@ -20,6 +20,7 @@ from hub_server import HubServer, reach_loopback
 from huggingface_hub import HfApi
 from plain_trainer import make_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback
+from transformers.integrations import TensorBoardCallback
 
 from tunebook.files import read_rows
 from tunebook.following import benchmarks, build_callbacks, finish_callbacks, hub
@@ -262,6 +263,16 @@ def test_copies_for_which_there_is_no_room_are_made_up_for_and_their_checkpoints
     follow(tiny, sft_rows, tmp_path / "out", **ARITHMETIC, **PUSH)
     assert_all_was_made_up(server, tmp_path / "out")
     assert "There is no room for a copy of checkpoint-1" in caplog.text
+
+
+def test_tracker_that_finds_the_disk_full_is_a_warning(tiny, sft_rows, tmp_path, monkeypatch, caplog):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_log", full)
+    train("sft", tiny, sft_rows, tmp_path / "out", report_to="tensorboard")
+    said = [record.getMessage() for record in caplog.records if "TensorBoardCallback" in record.getMessage()]
+    assert said == ["There is no room for what TensorBoardCallback writes. The run continues without it."]
 
 
 @pytest.mark.parametrize("schedule", ["after", "beside"])
