@@ -92,10 +92,10 @@ FILES = {
 @pytest.mark.parametrize("content", FILES.values(), ids=FILES)
 def test_a_recipe_of_any_content_gives_a_short_message(content, tmp_path):
     (tmp_path / "r.yaml").write_bytes(content)
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(RecipeError) as error:
         parse("sft", read_recipe(tmp_path / "r.yaml"))
-    assert len(str(error.value)) < 5000 and time.monotonic() - start < 10
+    assert len(str(error.value)) < 5000 and time.process_time() - start < 20
 
 
 @pytest.mark.parametrize("seed", range(40))

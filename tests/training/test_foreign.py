@@ -5,6 +5,7 @@ import shutil
 import pytest
 from conftest import build_tokenizer, train
 
+from tunebook.data.layouts import choose_layout
 from tunebook.data.rendering import Renderer, RenderSettings
 from tunebook.errors import RecipeError
 from tunebook.following.generations import render_prompts
@@ -26,11 +27,12 @@ TURNS = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 
 @pytest.mark.parametrize("template", TEMPLATES.values(), ids=TEMPLATES)
 def test_a_template_that_raises_anything_is_one_message_for_prompts_and_scores(template):
-    settings = RenderSettings("sft", build_tokenizer(template=template), None, {"messages": "messages"})
-    with pytest.raises(RecipeError, match="chat template"):
-        render_prompts([TURNS[:1]], settings)
+    layout = choose_layout("sft", ["messages"], {})
+    renderer = Renderer(RenderSettings("sft", build_tokenizer(template=template), None, layout))
+    with pytest.raises(ValueError, match="`eval_prompts`: prompt 0"):
+        render_prompts([TURNS[:1]], renderer)
     with pytest.raises(RecipeError, match="pairs, row 0"):
-        render_ids([{"messages": TURNS}], Renderer(settings), "pairs")
+        render_ids([{"messages": TURNS}], renderer, "pairs")
 
 
 DAMAGES = {"empty": lambda content: b"", "cut": lambda content: content[: len(content) // 3]}

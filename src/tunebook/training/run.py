@@ -169,7 +169,8 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
         keep_freed_memory()
     show_progress(trainer)
     guard_trackers(trainer)
-    callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
+    with user_errors():  # a prompt that the template cannot render
+        callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
     for callback in [*callbacks, SigtermCallback(trainer)]:
         trainer.add_callback(callback)
     trainer.loads_optimizer, trainer.render_settings = run.loads_optimizer, run.data.sources[0][1]
