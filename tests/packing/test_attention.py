@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tunebook.packing import attention
-from tunebook.packing.attention import set_varlen_attention, varlen_attention
+from tunebook.packing.attention import set_varlen_attention, takes_flash, varlen_attention
 
 SIZES = dict(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2)
 
@@ -66,12 +66,12 @@ def test_each_token_sees_its_document_and_the_keys_lent_to_it(documents, heads, 
     torch.testing.assert_close(output[0].transpose(0, 1).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-def packed_row(device="cpu", dtype=torch.float32):
+def packed_row(device="cpu", dtype=torch.float32, width=64, value_width=64):
     """Two documents, the second with three of the first one's keys; eight query heads and two key heads."""
     torch.manual_seed(0)
-    query, key = torch.randn(1, 8, 16, 64), torch.randn(1, 2, 16, 64)
+    query, key = torch.randn(1, 8, 16, width), torch.randn(1, 2, 16, width)
     index = torch.tensor([*range(10), 0, 1, 2, *range(10, 16)])
-    tensors = dict(query=query, key=key, value=torch.randn_like(key))
+    tensors = dict(query=query, key=key, value=torch.randn(1, 2, 16, value_width))
     tensors = {name: x.to(device, dtype).requires_grad_() for name, x in tensors.items()}
     lengths = row_lengths([10, 6], [10, 9]) | dict(key_index=index)
     lengths = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in lengths.items()}
@@ -79,11 +79,14 @@ def packed_row(device="cpu", dtype=torch.float32):
 
 
 @pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("widths", [(64, 64), (60, 60), (24, 16), (16, 24)], ids=str)
 @pytest.mark.parametrize("kernel", ["flash-attn", "torch"])
-def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, window, monkeypatch):
-    """The kernels by their documentation: (tokens, heads, head_dim), keys to the left, causal from the lower right."""
+def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, widths, window, monkeypatch):
+    """The kernels by their documentation: (tokens, heads, head_dim) of one width, a multiple of 8, keys to the left,
+    causal from the lower right."""
 
     def documented(query, key, value, cu_q, cu_k, max_q, max_k, scale, window_size):
+        assert query.shape[-1] == key.shape[-1] == value.shape[-1] and not query.shape[-1] % 8
         assert (max_q, max_k) == (cu_q.diff().max(), cu_k.diff().max()) and window_size[1] == 0
         seen = []
         for q_start, q_end, k_start, k_end in zip(cu_q, cu_q[1:], cu_k, cu_k[1:], strict=False):
@@ -106,11 +109,26 @@ def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, window, 
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
     fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    tensors, arguments = packed_row()
-    expected, _ = varlen_attention(**tensors, **arguments, scaling=0.2, sliding_window=window)
+    tensors, arguments = packed_row(width=widths[0], value_width=widths[1])
+    scaling = 0.2 if window else None  # None: by the width of the heads
+    expected, _ = varlen_attention(**tensors, **arguments, scaling=scaling, sliding_window=window)
     monkeypatch.setattr(attention, "_document_attention", attention._flash_attention)
-    output, _ = varlen_attention(**tensors, **arguments, scaling=0.2, sliding_window=window)
+    output, _ = varlen_attention(**tensors, **arguments, scaling=scaling, sliding_window=window)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "capability", "takes"),
+    [
+        (torch.bfloat16, 256, (8, 0), True),
+        (torch.float16, 64, (9, 0), True),
+        (torch.float32, 64, (9, 0), False),
+        (torch.bfloat16, 512, (9, 0), False),
+        (torch.float16, 64, (7, 5), False),
+    ],
+)
+def test_flash_kernels_get_what_they_take(dtype, width, capability, takes):
+    assert takes_flash(torch.empty(1, 1, 1, width, dtype=dtype), capability) == takes
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="compares the CUDA kernels with the CPU: no GPU here")

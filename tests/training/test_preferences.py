@@ -466,8 +466,8 @@ def build_encoder(vocab_size: int):
     ("task", "build", "packing", "message"),
     [
         ("dpo", lambda size: build_model(size, MambaConfig), True, "Set packing: false"),
-        ("rm", build_encoder, True, "not a causal model with one head"),
-        ("rm", build_encoder, False, "not a causal model with one head"),
+        ("rm", build_encoder, True, "not a causal model with one linear head"),
+        ("rm", build_encoder, False, "not a causal model with one linear head"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(task, build, packing, message, tokenizer, pair_rows, tmp_path):

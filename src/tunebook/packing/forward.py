@@ -5,20 +5,21 @@ chosen and rejected share a prompt, with it once), scores the labelled positions
 expects them.
 
 transformers' models pass keyword arguments that they do not know on, from the forward to the backbone, its layers and
-the attention function. Four of ours, besides the documents (`cu_seq_lens_q` and so on), travel that way:
+the attention function. Two of ours, besides the documents (`cu_seq_lens_q` and so on), travel that way, both read by
+`varlen_attention`:
 
-- `positions`, (N,): the tokens of the row that are scored. Set by the patched forward; read by the backbone's hook
-  `_select_positions`, which leaves only their hidden states.
 - `key_index`, (keys,): the tokens that are each document's keys. Set by `pack_rows` for a shared prefix, and by
-  `ContextGroup.split`; read by `varlen_attention`, and by the hook where there is no `counted`.
-- `context`: the ranks that share the row. Set by `ContextGroup.split`; read by `varlen_attention` and the hook.
-- `counted`, (keys,): the tokens of a row shared by ranks that the load-balancing loss counts, repetitions included. Set
-  by `ContextGroup.take_share`; read by the hook.
+  `ContextGroup.split`.
+- `context`: the ranks that share the row. Set by `ContextGroup.split`.
+
+The backbone gives the head the scored positions only: see [`Backbone`].
 """
 
 import functools
+import logging
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -28,14 +29,21 @@ from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
-from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import ModelOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .attention import set_varlen_attention
+from .attention import packed_row, set_varlen_attention
 from .context_parallel import Batch, ContextGroup
+from .dropout import find_dropout
+from .heads import Backbone, balancing_loss, fused_head_fits, reward_head, score_logits
 from .log_probs import head_for
 
+logger = logging.getLogger(__name__)
+
+OWN_HEAD = (
+    "%s does more between its backbone and its logits than TRL's fused head: its own head scores the labelled tokens, "
+    "which keeps %d logits of each in memory."
+)
 PER_TOKEN_FIELDS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
@@ -118,6 +126,9 @@ def pack_causal_lm(
     `fused_lm_head=True` it scores the labelled positions only, on every device, and returns what it returned before.
     All other calls (generation, logits) are the model's own.
 
+    Where TRL's fused head is not what the model does between its backbone and its logits, the model's own head scores
+    the labelled positions.
+
     Args:
         model: a causal LM, or a PEFT model around one; policy or reference.
         packing: drop the padding; a batch that the collator has packed (`cu_seq_lens_q`) needs no flash-attn.
@@ -131,6 +142,9 @@ def pack_causal_lm(
     if packing:
         _check_packing(model, layout)
     fused_forward = causal_lm.forward
+    own_forward = functools.partial(fused_forward, fused_lm_head=False)
+    backbone = _hook_backbone(causal_lm, packing)
+    fused: bool | None = None
 
     def forward(
         self: PreTrainedModel,
@@ -139,28 +153,82 @@ def pack_causal_lm(
         labels: torch.Tensor | None = None,
         **kwargs: object,
     ) -> ModelOutput:
+        nonlocal fused
         if not fused_lm_head or labels is None or "shift_labels" in kwargs:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
-        return _score_labels(functools.partial(fused_forward, *args, fused_lm_head=True), layout, labels, kwargs)
+        if fused is None:
+            with head_for(labels.device):
+                fused = fused_head_fits(self, backbone, own_forward, fused_forward)
+            if not fused:
+                logger.info(OWN_HEAD, type(self).__name__, self.config.get_text_config().vocab_size)
+        score = functools.partial(_score_fused, fused_forward) if fused else functools.partial(_score_own, own_forward)
+        return _score_labels(functools.partial(score, *args), self, backbone, layout, labels, kwargs)
 
-    _replace_forward(causal_lm, forward, packing)
+    _replace_forward(causal_lm, forward)
+
+
+def _score_fused(
+    forward: Callable[..., ModelOutput], *args: object, targets: torch.Tensor, **batch: object
+) -> dict[str, torch.Tensor]:
+    with head_for(targets.device):
+        output = forward(*args, fused_lm_head=True, shift_labels=targets[None], **batch)
+    return {name: output[name][0] for name in PER_TOKEN_FIELDS if name in output}
+
+
+def _score_own(
+    forward: Callable[..., ModelOutput], *args: object, targets: torch.Tensor, **batch: object
+) -> dict[str, torch.Tensor]:
+    logits = forward(*args, **{**batch, "use_cache": False})["logits"][0]
+    return score_logits(logits, targets.to(logits.device))
 
 
 def _score_labels(
-    fused_forward: Callable[..., FusedCausalLMOutput], layout: Layout, labels: torch.Tensor, batch: Batch
+    score: Callable[..., dict[str, torch.Tensor]],
+    model: PreTrainedModel,
+    backbone: Backbone,
+    layout: Layout,
+    labels: torch.Tensor,
+    batch: Batch,
 ) -> FusedCausalLMOutput:
+    config, items = model.config.get_text_config(), batch.pop("num_items_in_batch", None)
+    routed = batch.pop("output_router_logits", None)
+    if routed is None:
+        routed = config.to_dict().get("output_router_logits", False)
+    # Else TRL's head and the model's own forward make the load-balancing loss, of the scored positions only
+    silent = {"output_router_logits": False} if routed else {}
     label_mask = labels[:, 1:] != -100
     scored = F.pad(label_mask, (0, 1)).flatten().nonzero()[:, 0]
     row, positions, mine = layout.lay_out(batch, scored)
-    targets = labels.flatten()[scored + 1][mine]
-    with head_for(labels.device):
-        output = fused_forward(shift_labels=targets[None], positions=positions, **row)
-    label_mask = label_mask.to(output["log_probs"].device)
-    fields = {name: layout.combine(output[name][0], mine) for name in PER_TOKEN_FIELDS if name in output}
+    counted = row.pop("counted", row.get("key_index"))
+    with backbone.scoring(positions, routed), packed_row() if layout.packing else nullcontext():
+        own = score(targets=labels.flatten()[scored + 1][mine], **row, **silent)
+    label_mask = label_mask.to(own["log_probs"].device)
+    fields = {name: layout.combine(x, mine) for name, x in own.items()}
+    loss = -fields["log_probs"].sum() / (label_mask.sum().clamp(min=1) if items is None else items)
     # masked_scatter keeps a batch without labels connected to the model, as TRL does
     fields = {name: x.new_zeros(label_mask.shape).masked_scatter(label_mask, x) for name, x in fields.items()}
-    loss = output.loss if layout.context is None else None
-    return FusedCausalLMOutput(loss=loss, label_mask=label_mask, aux_loss=output.aux_loss, **fields)
+    aux_loss = None
+    if routed:
+        aux_loss = _balance(model, backbone, layout, row, counted)
+        loss = loss + config.to_dict().get("router_aux_loss_coef", 0.0) * aux_loss
+    return FusedCausalLMOutput(
+        loss=None if layout.context else loss, label_mask=label_mask, aux_loss=aux_loss, **fields
+    )
+
+
+def _balance(
+    model: PreTrainedModel, backbone: Backbone, layout: Layout, row: Batch, counted: torch.Tensor | None
+) -> torch.Tensor:
+    """Return the load-balancing loss of a batch that the backbone has run.
+
+    Args:
+        counted: (tokens,), of the row, repetitions included: a shared token counts for both of its documents.
+    """
+    router_logits = backbone.router_logits
+    if counted is not None:
+        gather = nn.Identity() if layout.context is None else layout.context.gather
+        router_logits = tuple(gather(logits)[counted] for logits in router_logits)
+    return balancing_loss(model, router_logits, row["attention_mask"])
 
 
 @dataclass
@@ -174,7 +242,8 @@ def pack_reward_model(
     model: nn.Module, packing: bool = True, share_prefix: bool = False, context: ContextGroup | None = None
 ) -> None:
     """Patch the forward of a sequence classifier: it reads the reward at the last token of each row by the attention
-    mask, whatever the pad token is, with the model's head, whatever its name, and returns a `RewardOutput`.
+    mask, whatever the pad token is, with the model's head, whatever its name, and returns a `RewardOutput`. Called with
+    `own_forward=True` it is the model's own.
 
     Args:
         model: a sequence classifier, or a PEFT model around one. For the others see `pack_causal_lm`.
@@ -183,33 +252,34 @@ def pack_reward_model(
         ValueError: the model or the settings do not allow it.
     """
     classifier, layout = without_adapter(model), Layout(packing, share_prefix, context)
-    heads = [name for name, module in classifier.named_children() if module is not classifier.base_model]
-    if len(heads) != 1:
-        raise ValueError(
-            f"{type(classifier).__name__} is not a causal model with one head ({', '.join(heads)}), whose reward is "
-            "read at the last token. Take a decoder."
-        )
+    backbone = _hook_backbone(classifier, packing)
+    head = reward_head(classifier)
     if packing:
         _check_packing(model, layout)
 
     def forward(
-        self: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: object
-    ) -> RewardOutput:
+        self: PreTrainedModel,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        output_router_logits: bool = False,
+        own_forward: bool = False,
+        **kwargs: object,
+    ) -> ModelOutput:
+        if own_forward:
+            return type(self).forward(self, input_ids=input_ids, attention_mask=attention_mask, **kwargs)
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         last = (mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
         scored = last + input_ids.shape[1] * torch.arange(len(last), device=last.device)
         row, positions, mine = layout.lay_out({"input_ids": input_ids, "attention_mask": mask, **kwargs}, scored)
-        outputs = self.base_model(positions=positions, **row)
-        hidden = layout.combine(outputs.last_hidden_state[0], mine)
-        aux_loss = None
-        if kwargs.get("output_router_logits"):
-            experts, per_token = self.config.num_experts, self.config.num_experts_per_tok
-            mask = row["attention_mask"]
-            aux_loss = cast(torch.Tensor, load_balancing_loss_func(outputs.router_logits, experts, per_token, mask))
+        counted = row.pop("counted", row.get("key_index"))
+        with backbone.scoring(positions, output_router_logits), packed_row() if layout.packing else nullcontext():
+            hidden = self.base_model(**row).last_hidden_state
         # The head is looked up on each call: PEFT and FSDP replace it
-        return RewardOutput(logits=self.get_submodule(heads[0])(hidden), aux_loss=aux_loss)
+        logits = self.get_submodule(head)(layout.combine(hidden[0], mine))
+        aux_loss = _balance(self, backbone, layout, row, counted) if output_router_logits else None
+        return RewardOutput(logits=logits, aux_loss=aux_loss)
 
-    _replace_forward(classifier, forward, packing)
+    _replace_forward(classifier, forward)
 
 
 def without_adapter(model: nn.Module) -> PreTrainedModel:
@@ -217,12 +287,17 @@ def without_adapter(model: nn.Module) -> PreTrainedModel:
     return cast(PreTrainedModel, model.get_base_model() if isinstance(model, PeftModel) else model)
 
 
-def _replace_forward(model: PreTrainedModel, forward: Callable[..., ModelOutput], packing: bool) -> None:
-    """Give `model` a forward, and its backbone the hooks that this relies on in place of those of an earlier call."""
-    for handle in vars(model).pop("packing_hooks", ()):
-        handle.remove()
-    hooks = [set_varlen_attention(model)] if packing else []
-    vars(model)["packing_hooks"] = [*hooks, model.base_model.register_forward_hook(_select_positions, with_kwargs=True)]
+def _hook_backbone(model: PreTrainedModel, packing: bool) -> Backbone:
+    """Hook the backbone, in place of the hooks of an earlier call, and have it attend to documents where it packs."""
+    if packing:
+        set_varlen_attention(model)
+    if earlier := vars(model).pop("backbone_hooks", None):
+        earlier.remove()
+    hooks = vars(model)["backbone_hooks"] = Backbone(model)
+    return hooks
+
+
+def _replace_forward(model: PreTrainedModel, forward: Callable[..., ModelOutput]) -> None:
     # PATCH(trl<1.17): TRL's DPO and reward trainers cannot pack, and its SFT packs on flash-attn only. Waits for
     # https://github.com/huggingface/trl/issues/2469. Delete when all three pack on every attention.
     # It is a bound method, since accelerate wraps these, with the signature by which generate() checks its arguments
@@ -242,23 +317,8 @@ def _check_packing(model: nn.Module, layout: Layout) -> None:
             f"context_parallel_size: {type(without_adapter(model)).__name__} has rotary embeddings that depend on the "
             "longest document (dynamic, longrope), of which a process sees a part. Set context_parallel_size: 1."
         )
-    for name, module in model.named_modules():
-        if layout.share_prefix and isinstance(module, nn.Dropout) and module.p:
-            raise ValueError(
-                f"share_prefix: {name} has a dropout of {module.p}, and chosen and rejected would share what it drops "
-                "in their prefix. Set disable_dropout: true, or share_prefix: false."
-            )
-
-
-def _select_positions(
-    backbone: nn.Module, args: tuple[object, ...], kwargs: Batch, outputs: ModelOutput
-) -> ModelOutput:
-    if "positions" in kwargs:
-        hidden = outputs["last_hidden_state"]
-        outputs["last_hidden_state"] = hidden.flatten(0, 1)[kwargs["positions"].to(hidden.device)][None]
-        counted = kwargs.get("counted", kwargs.get("key_index"))
-        if counted is not None and "router_logits" in outputs:
-            gather = kwargs["context"].gather if "context" in kwargs else nn.Identity()
-            # A shared token counts for both of its documents in the load-balancing loss
-            outputs["router_logits"] = tuple(gather(logits)[counted] for logits in outputs["router_logits"])
-    return outputs
+    if layout.share_prefix and (found := next(find_dropout(model), None)):
+        raise ValueError(
+            f"share_prefix: {found[2]} is a dropout of {found[3]}, and chosen and rejected would share what it drops "
+            "in their prefix. Set disable_dropout: true, or share_prefix: false."
+        )

@@ -181,6 +181,9 @@ class RunConfig(TrainingArguments):
     resume_from_checkpoint: str = key(
         "auto", "auto: from the last complete checkpoint in output_dir. never: start anew. Or a path."
     )
+    verify_model: bool = key(
+        True, "Before the first step, compare what will train with the model's own forward on two short documents."
+    )
     dry_run: bool = key(False, "Print what the run would do and take, and what is wrong with it; train nothing.")
     force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
     save_total_gb: float | None = key(

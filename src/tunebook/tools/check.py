@@ -200,7 +200,8 @@ def check(
         console.print(f"[red]{terminal(str(error))}")
         return 1
     refuse_few_rows(recipe, len(data.train) / data.share)
-    config.vocab_size = max(config.vocab_size, len(tokenizer))
+    text_config = config.get_text_config()
+    text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))
     ends = end_of_turn_ids(tokenizer, None)
     lengths = measure_rows(recipe.task, data.train, ends, args.max_length)
     batches = form_batches(recipe, data.train, lengths)

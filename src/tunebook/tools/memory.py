@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import cast
 from unittest.mock import patch
 
 import torch
@@ -25,6 +24,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from trl.trainer.utils import disable_dropout_in_model
 
 from ..packing.forward import without_adapter
+from ..packing.heads import find_backbone, reward_head
 from ..packing.log_probs import Context, _LinearLogProbs
 from .workload import Workload
 
@@ -51,13 +51,19 @@ def estimate(workload: Workload) -> list[Part]:
     weights = 0.0 if sharding.offload_weights else weights_size(workload) / workload.shards(3)
     gradients = trained * size / workload.shards(2)
     states = 0.0 if sharding.offload_optimizer else trained * workload.state_size / workload.shards(1)
-    activations = max(0.0, count_step(workload) - (gradients if workload.keeps_gradients else 0))
-    tokens = f"{workload.batch.rows} x {workload.batch.length:,} tokens"
+    tokens = (
+        f"{workload.batch.rows} x {workload.batch.length:,} tokens"
+        + ", checkpointed" * workload.activation_checkpointing
+    )
+    try:
+        activations = max(0.0, count_step(workload) - (gradients if workload.keeps_gradients else 0))
+    except (RuntimeError, TypeError):  # what a layer does depends on data, or on a mask, that the meta device lacks
+        activations, tokens = 0.0, f"not counted: {workload.config.model_type} does not run without data"
     parts = [
         Part("weights", weights, f"{parameters:,} parameters"),
         Part("gradients", gradients, f"{trained:,} trained parameters of {size} bytes"),
         Part("optimizer", states, f"{workload.state_size} bytes per trained parameter"),
-        Part("activations", activations, tokens + ", checkpointed" * workload.activation_checkpointing),
+        Part("activations", activations, tokens),
         reference(workload, activations),
         working_space(workload),
         Part("process", PROCESS[workload.device], "libraries, and what the allocator keeps"),
@@ -166,11 +172,11 @@ def count_step(workload: Workload) -> int:
             elif workload.accumulates:
                 parameter.grad = torch.empty_like(parameter)
         ids = torch.empty(batch.rows, batch.length, dtype=torch.long, device="meta")
-        hidden = base_model.base_model(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
+        hidden = find_backbone(base_model)(input_ids=ids, use_cache=False).last_hidden_state.flatten(0, 1)
         head = base_model.get_output_embeddings()
         hidden = hidden[torch.empty(batch.scored, dtype=torch.long, device="meta")]
         if workload.task == "rm":
-            loss = base_model.get_submodule("score")(hidden).float()
+            loss = base_model.get_submodule(reward_head(base_model))(hidden).float()
         elif workload.device == "cpu" and hidden.dtype == torch.float32 and not workload.autocasts:
             ids = torch.empty(batch.scored, dtype=torch.long, device="meta")
             loss = _LinearLogProbs.apply(hidden, head.weight, ids, ("entropy", "is_top1"))[0]
@@ -209,8 +215,9 @@ def allocate_tile(hidden: Tensor, weight: Tensor) -> Tensor:
     return hidden.new_empty(min(len(hidden), TILE[0]), min(len(weight), TILE[1]))
 
 
-def allocate_attention(query: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
+def allocate_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    output = query.new_empty(*query.shape[:3], value.shape[3])
+    return output, query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 # An operation, for selective checkpointing to know it by its name
@@ -223,7 +230,7 @@ class FusedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        output, log_sum_exp = flash_attention(query)
+        output, log_sum_exp = flash_attention(query, value)
         ctx.save_for_backward(query, key, value, mask, output, log_sum_exp)  # type: ignore[arg-type]
         return output
 
@@ -244,7 +251,7 @@ def attention(
         index = torch.empty(batch.keys, dtype=torch.long, device="meta")
         key, value = key[:, :, index], value[:, :, index]
     elif not batch.packed:
-        groups = cast(int, module.num_key_value_groups)
+        groups = query.shape[1] // key.shape[1]
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
         mask = query.new_empty(batch.rows, 1, batch.length, batch.length) if batch.rows > 1 else None
     output = FusedAttention.apply(query, key, value, mask).transpose(1, 2)

@@ -2,10 +2,14 @@
 
 import logging
 import re
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import pyarrow.compute as pc
 import torch
+from datasets import Dataset
 from peft import LoraConfig, PeftConfig
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -24,13 +28,16 @@ from trl.trainer.utils import create_model_from_path
 
 from ..data.tokenizer import end_of_turn_ids
 from ..errors import RecipeError, brief, foreign
+from ..packing.heads import find_backbone, has_routers
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig
+from ..recipe.schema import Training
 from .activation_checkpointing import accept_selective
 
 logger = logging.getLogger(__name__)
 
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff")
+POSITIONS = re.compile(r"wpe|embed_positions|\w*position\w*_embed\w*|pos_emb\w*")  # names of tables of positions
 
 
 def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "model_name_or_path") -> PreTrainedConfig:
@@ -46,6 +53,76 @@ def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "m
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def settle_checkpointing(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Leave activation checkpointing off where it is only the default and the model has none.
+
+    Raises:
+        RecipeError: when the recipe asks for it.
+    """
+    args, name = recipe.training, type(model).__name__
+    if args.activation_checkpointing and not model.supports_gradient_checkpointing:
+        if recipe.given.get("activation_checkpointing"):
+            raise RecipeError(f"`activation_checkpointing`: {name} has none. Set it to false.")
+        args.activation_checkpointing = args.gradient_checkpointing = False
+        logger.info("Activation checkpointing is off: %s has none.", name)
+
+
+def settle_balancing_loss(model: PreTrainedModel, args: Training) -> None:
+    """Have TRL ask for the load-balancing loss of the models that have router logits, and of no others.
+
+    Raises:
+        ValueError: when the recipe asks for the loss, and the model has none.
+    """
+    config = model.config.get_text_config()
+    values = config.to_dict()
+    if has_routers(model):
+        config.output_router_logits = values.get("output_router_logits", False)
+    elif args.router_aux_loss_coef:
+        raise ValueError(
+            f"`router_aux_loss_coef`: {type(model).__name__} is not a mixture of experts with router logits. Remove "
+            "the key."
+        )
+    elif args.router_aux_loss_coef is None and values.get("router_aux_loss_coef"):
+        args.router_aux_loss_coef = 0.0
+        text = "No load-balancing loss: the config asks for one (router_aux_loss_coef %s), and %s has no router logits."
+        logger.info(text, values["router_aux_loss_coef"], type(model).__name__)
+
+
+def check_positions(model: PreTrainedModel, datasets: Sequence[Dataset], max_length: int | None) -> None:
+    """Refuse rows that are longer than the model's table of learned positions.
+
+    Raises:
+        ValueError: with the length of the longest row, and what to set.
+    """
+    for name, table in find_backbone(model).named_modules():
+        if isinstance(table, torch.nn.Embedding) and POSITIONS.fullmatch(name.rpartition(".")[2]):
+            rows = min(
+                table.num_embeddings, model.config.to_dict().get("max_position_embeddings", table.num_embeddings)
+            )
+            rows -= 0 if table.padding_idx is None else table.padding_idx + 1
+            if max_length is None or max_length > rows:
+                longest = min(max(map(longest_row, datasets)), max_length or sys.maxsize)
+                if longest > rows:
+                    raise ValueError(
+                        f"`max_length`: {type(model).__name__} has learned {rows} positions, and the longest row has "
+                        f"{longest} tokens. Set max_length: {rows}."
+                    )
+
+
+def longest_row(dataset: Dataset) -> int:
+    """Return the tokens of the longest tokenized row, or of the longer side of a pair."""
+    columns = [name for name in ("seq_lengths", "input_ids", "prompt_ids", "chosen_ids", "rejected_ids")]
+    columns, longest = [name for name in columns if name in dataset.column_names], 0
+    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
+        if "seq_lengths" in columns:  # of the documents in a packed row
+            longest = max(longest, pc.max(pc.list_flatten(table["seq_lengths"])).as_py())
+        else:
+            lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in columns}
+            prompt = lengths.pop("prompt_ids", 0)
+            longest = max(longest, *(int((prompt + side).max()) for side in lengths.values()))
+    return longest
+
+
 def load_model(
     architecture: type, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[PreTrainedModel, PeftConfig | None]:
@@ -56,6 +133,7 @@ def load_model(
     """
     args, peft_config = recipe.model, get_peft_config(recipe.model)
     model = read_model(architecture, recipe, args.model_name_or_path, args.model_revision)
+    settle_balancing_loss(model, recipe.training)
     resized = fit_tokenizer(model, tokenizer)
     if isinstance(peft_config, LoraConfig) and (resized or has_new_tokens(tokenizer, recipe)):
         train_new_tokens(model, peft_config)
@@ -169,7 +247,7 @@ def freeze_layers(model: PreTrainedModel, num_unfrozen: int) -> None:
     Raises:
         RecipeError: when the model has fewer layers.
     """
-    depth, backbone = check_depth(model.config, num_unfrozen), model.base_model
+    depth, backbone = check_depth(model.config, num_unfrozen), find_backbone(model)
     layers = next(m for m in backbone.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == depth)
     model.requires_grad_(False)
     layers[depth - num_unfrozen :].requires_grad_(True)

@@ -22,9 +22,11 @@ from trl import get_peft_config
 from ..errors import RecipeError, user_errors
 from ..files import check_output
 from ..packing import pack_causal_lm, pack_reward_model
+from ..packing.dropout import turn_off_dropout
+from ..packing.heads import reward_head
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig, SFTConfig
-from .models import check_depth, check_model
+from .models import check_depth, check_model, settle_balancing_loss, settle_checkpointing
 
 # Arguments of from_pretrained that are neither in its signature nor in a config
 LOADING = {
@@ -74,6 +76,13 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
     if unknown:
         raise RecipeError(f"`model_init_kwargs`: neither the model's config nor its loading has {', '.join(unknown)}.")
     skeleton = build_skeleton(recipe, config)
+    settle_checkpointing(recipe, skeleton)
+    with user_errors():
+        settle_balancing_loss(skeleton, args)
+        if recipe.task == "rm":
+            reward_head(skeleton)
+    if not isinstance(args, SFTConfig) and args.disable_dropout:
+        turn_off_dropout(skeleton)
     model: torch.nn.Module = skeleton
     if recipe.model.num_layers_unfrozen is not None:
         check_depth(config, recipe.model.num_layers_unfrozen)

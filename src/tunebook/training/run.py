@@ -27,13 +27,15 @@ from ..following.hub import PUSHED
 from ..following.report import RECORD_FILE
 from ..following.scores import ROWS_FILE
 from ..following.trackers import guard_trackers, set_wandb_environment
+from ..packing.forward import without_adapter
 from ..recipe import Recipe
 from ..recipe.configs import CausalLMConfig, SFTConfig, count_groups, has_fast_bf16
 from ..recipe.content import masked
 from .holding import SigtermCallback, from_main_process
 from .identity import describe_run
-from .models import check_model
+from .models import check_model, check_positions
 from .progress import show_progress
+from .proof import VerifyModel
 from .refusals import refuse, refuse_few_rows
 from .resume import RunMixin
 
@@ -169,6 +171,11 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
         keep_freed_memory()
     show_progress(trainer)
     guard_trackers(trainer)
+    model = without_adapter(trainer.accelerator.unwrap_model(trainer.model))
+    with user_errors():
+        check_positions(model, [rows for rows in (run.data.train, run.data.eval) if rows is not None], args.max_length)
+    if args.verify_model:
+        trainer.add_callback(VerifyModel(trainer, run.recipe.training))
     with user_errors():  # a prompt that the template cannot render
         callbacks = build_callbacks(trainer, run.recipe.script, run.prompts)
     for callback in [*callbacks, SigtermCallback(trainer)]:

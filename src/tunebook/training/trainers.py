@@ -25,6 +25,7 @@ from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
 from ..packing import pack_causal_lm, pack_reward_model
 from ..packing.batches import TokenBatchSampler, decides_sharing, pair_lengths
+from ..packing.dropout import turn_off_dropout
 from ..packing.forward import RewardOutput
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
 from .models import rename_head
@@ -208,8 +209,8 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
                 super().__init__(
                     args=args, processing_class=processing_class, data_collator=collator, record=record, **kwargs
                 )
-            if args.router_aux_loss_coef and "output_router_logits" not in self.model.config.to_dict():
-                raise ValueError("`router_aux_loss_coef`: the model is not a mixture of experts. Remove the key.")
+            if args.disable_dropout:
+                turn_off_dropout(self.model)
             pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -325,6 +326,8 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
             for model in filter(None, (self.model, self.ref_model)):
                 with user_errors():
                     unwrapped = self.accelerator.unwrap_model(model)
+                    if self.args.disable_dropout:
+                        turn_off_dropout(unwrapped)
                     pack_causal_lm(unwrapped, self.args.packing, self.shares_prefix, self.context)
 
     def _precompute_ref_logps(self, *args: object) -> Dataset:
