@@ -81,19 +81,7 @@ def varlen_attention(
             attention_mask = _causal_mask(length, length, None, query.dtype, query.device) == 0
         return _softcap_attention(query, key, value, attention_mask, scaling, softcap).transpose(1, 2), None
 
-    if dropout:
-        raise ValueError(
-            f"packing: {type(module).__name__} drops attention weights ({dropout}), which variable-length attention "
-            "lacks. Turn it off by model_init_kwargs, or set packing: false."
-        )
-    _row.attended = True
-    if attention_mask is not None:  # not every model hands the window on to its attention
-        sliding_window = (int(attention_mask) if attention_mask.numel() == 1 else OTHER) or None
-    if sliding_window == OTHER:
-        raise ValueError(
-            f"packing: {type(module).__name__} does not attend causally, by its config (is_causal, is_decoder, "
-            "use_bidirectional_attention), or masks more than that. Set packing: false."
-        )
+    sliding_window = _read_window(module, attention_mask, sliding_window, dropout)
     if query.is_cuda and query.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         # Rotary embeddings leave float32 under autocast, which no flash kernel takes
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
@@ -114,6 +102,25 @@ def varlen_attention(
     if key_index is not None:
         key, value = key.index_select(2, key_index), value.index_select(2, key_index)
     return attend(query, key, value), None
+
+
+def _read_window(module: nn.Module, mask: Tensor | None, window: int | None, dropout: float) -> int | None:
+    """Return the window of a packed row: its mask's, since not every model hands the window on to its attention."""
+    name = type(module).__name__
+    if dropout:
+        raise ValueError(
+            f"packing: {name} drops attention weights ({dropout}), which variable-length attention lacks. Turn it off "
+            "by model_init_kwargs, or set packing: false."
+        )
+    _row.attended = True
+    if mask is not None:
+        window = (int(mask) if mask.numel() == 1 else OTHER) or None
+    if window == OTHER:
+        raise ValueError(
+            f"packing: {name} does not attend causally, by its config (is_causal, is_decoder, "
+            "use_bidirectional_attention), or masks more than that. Set packing: false."
+        )
+    return window
 
 
 def takes_flash(query: Tensor, capability: tuple[int, int]) -> bool:

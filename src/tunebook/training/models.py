@@ -111,15 +111,12 @@ def check_positions(model: PreTrainedModel, datasets: Sequence[Dataset], max_len
 
 def longest_row(dataset: Dataset) -> int:
     """Return the tokens of the longest tokenized row, or of the longer side of a pair."""
-    columns = [name for name in ("seq_lengths", "input_ids", "prompt_ids", "chosen_ids", "rejected_ids")]
-    columns, longest = [name for name in columns if name in dataset.column_names], 0
-    for table in dataset.select_columns(columns).with_format("arrow").iter(batch_size=10_000):
-        if "seq_lengths" in columns:  # of the documents in a packed row
-            longest = max(longest, pc.max(pc.list_flatten(table["seq_lengths"])).as_py())
-        else:
-            lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in columns}
-            prompt = lengths.pop("prompt_ids", 0)
-            longest = max(longest, *(int((prompt + side).max()) for side in lengths.values()))
+    columns = {"input_ids", "prompt_ids", "chosen_ids", "rejected_ids"}.intersection(dataset.column_names)
+    longest = 0
+    for table in dataset.select_columns(list(columns)).with_format("arrow").iter(batch_size=10_000):
+        lengths = {name: pc.list_value_length(table[name]).to_numpy() for name in columns}
+        prompt = lengths.pop("prompt_ids", 0)
+        longest = max(longest, *(int((prompt + side).max()) for side in lengths.values()))
     return longest
 
 
