@@ -240,6 +240,7 @@ def test_trls_head_is_exchanged_in_our_forward_only():
     model, batch = build("Llama"), collate([([1, 2], [3], [4, 5])])
     trls_forward = model.forward
     pack_causal_lm(model)
+    model(**batch, fused_lm_head=True)  # the first call compares the heads
     with patch.object(LogProbs, "apply", wraps=LogProbs.apply) as head:
         model(**batch, fused_lm_head=True)
         trls_forward(**batch, fused_lm_head=True)
