@@ -4,13 +4,13 @@ import logging
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BatchEncoding
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 
 from ..errors import RecipeError
 from ..files import whole_folder
-from ..training.models import fit_tokenizer
+from ..training.models import put_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -41,8 +41,7 @@ def merge(adapter: Path, out: Path, base: str | None = None, dtype: str = "float
             model = AutoModelForSequenceClassification.from_pretrained(name, num_labels=1, **options)
         else:
             model = AutoModelForCausalLM.from_pretrained(name, **options)
-    fit_tokenizer(model, tokenizer)
-    model = PeftModel.from_pretrained(model, adapter).eval()
+    model = put_adapter(model, str(adapter)).eval()
     texts = ["A row to compare.", "Another, longer row to compare: 1 + 2 = 3."]
     rows = tokenizer(texts, padding=True, return_tensors="pt")
     before = outputs(model, rows)

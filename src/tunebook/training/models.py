@@ -10,7 +10,7 @@ from typing import cast
 import pyarrow.compute as pc
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
@@ -22,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
@@ -41,7 +42,7 @@ POSITIONS = re.compile(r"wpe|embed_positions|\w*position\w*_embed\w*|pos_emb\w*"
 
 
 def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "model_name_or_path") -> PreTrainedConfig:
-    """Return a model's config; fail before the data is tokenized where there is no such model.
+    """Return the config of a model, or of an adapter's base; fail before the data is tokenized where there is none.
 
     Args:
         key: of the recipe, for the message.
@@ -50,7 +51,27 @@ def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "m
         RecipeError: when its config.json cannot be found or read.
     """
     with foreign(f"`{key}` {brief(name)}"):
+        if adapter := find_adapter(name, revision):
+            name, revision = base_of(adapter)
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def find_adapter(name: str, revision: str | None = None) -> PeftConfig | None:
+    """Return the config of an adapter, in a folder or on the Hub; None for a whole model."""
+    if (Path(name) / "config.json").is_file() or find_adapter_config_file(name, revision=revision) is None:
+        return None
+    return PeftConfig.from_pretrained(name, revision=revision)
+
+
+def base_of(adapter: PeftConfig) -> tuple[str, str]:
+    """Return name and revision of the model that an adapter was trained on."""
+    return str(adapter.base_model_name_or_path), adapter.revision or "main"
+
+
+def put_adapter(base: PreTrainedModel, name: str, revision: str | None = None) -> PeftModel:
+    """Return the base model with its adapter, and as many embeddings as the adapter's tokenizer has tokens."""
+    fit_tokenizer(base, AutoTokenizer.from_pretrained(name, revision=revision))
+    return PeftModel.from_pretrained(base, name, revision=revision)
 
 
 def settle_checkpointing(recipe: Recipe, model: PreTrainedModel) -> None:
@@ -169,9 +190,15 @@ def read_model(architecture: type, recipe: Recipe, name: str, revision: str) -> 
     }
     set_seed(args.seed)  # a new reward head, and embeddings of new tokens, start at random
     with foreign(name), suppress_seqcls_warning():
+        adapter, base = find_adapter(name, revision), name
+        if adapter is not None:
+            base, kwargs["revision"] = base_of(adapter)
         if rewards:
-            kwargs["key_mapping"] = head_mapping(name, kwargs["revision"], args.trust_remote_code)
-        model = create_model_from_path(name, architecture, **kwargs)  # type: ignore[arg-type]
+            kwargs["key_mapping"] = head_mapping(base, kwargs["revision"], args.trust_remote_code)
+        model = create_model_from_path(base, architecture, **kwargs)  # type: ignore[arg-type]
+        if adapter is not None:
+            model = put_adapter(model, name, revision).merge_and_unload()
+            logger.info("%s is an adapter: %s with it merged is trained.", name, base)
     accept_selective(model)
     return model
 
@@ -266,7 +293,14 @@ def head_mapping(name: str, revision: str = "main", trust_remote_code: bool = Fa
 
 
 def load_reward_model(name: str) -> PreTrainedModel:
-    """Load a reward model as `fit` saved it, whatever the name of its head."""
+    """Load a reward model as `fit` saved it, whole or an adapter, whatever the name of its head."""
+    if adapter := find_adapter(name):
+        base, revision = base_of(adapter)
+        mapping = head_mapping(base, revision)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            base, num_labels=1, revision=revision, key_mapping=mapping
+        )
+        return put_adapter(model, name).merge_and_unload()
     return AutoModelForSequenceClassification.from_pretrained(name, key_mapping=head_mapping(name))
 
 

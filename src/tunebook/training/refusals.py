@@ -19,6 +19,7 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
 from trl import get_peft_config
 
+from ..environment import launched_sharding
 from ..errors import RecipeError, user_errors
 from ..files import check_output
 from ..packing import pack_causal_lm, pack_reward_model
@@ -26,7 +27,7 @@ from ..packing.dropout import turn_off_dropout
 from ..packing.heads import reward_head
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig, SFTConfig
-from .models import check_depth, check_model, settle_balancing_loss, settle_checkpointing
+from .models import check_depth, check_model, find_adapter, settle_balancing_loss, settle_checkpointing
 
 # Arguments of from_pretrained that are neither in its signature nor in a config
 LOADING = {
@@ -52,6 +53,26 @@ NO_BATCH = (
 )
 
 
+def refuse_adapter(recipe: Recipe) -> None:
+    """Refuse an adapter in the place of a model where it cannot be merged into its base model in memory.
+
+    Raises:
+        RecipeError: naming the command that merges it.
+    """
+    args, name = recipe.model, recipe.model.model_name_or_path
+    sharding = launched_sharding(recipe.training)
+    reasons = {
+        "and `use_peft` would put another on it": args.use_peft,
+        "and 4 or 8 bits cannot hold it": args.load_in_4bit or args.load_in_8bit,
+        f"and {sharding.engine} shards the weights as it loads them": sharding.stage == 3,
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
+    if reason is not None and find_adapter(name, args.model_revision) is not None:
+        raise RecipeError(
+            f"`model_name_or_path` {name} is an adapter, {reason}. Run tunebook merge {name} NEW_FOLDER, and name that."
+        )
+
+
 def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | None = None) -> None:
     """Refuse what could not be trained or saved.
 
@@ -65,6 +86,7 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
     args = recipe.training
     check_output(Path(args.output_dir), "`output_dir`", folder=True)
     check_packages(recipe)
+    refuse_adapter(recipe)
     if has_accelerator is None:
         has_accelerator = torch.accelerator.is_available()
     if args.activation_offloading and not has_accelerator:
@@ -147,7 +169,8 @@ def add_adapter(model: PreTrainedModel, config: LoraConfig, task: str) -> torch.
     """
     modules = {name: module for name, module in model.named_modules() if name}
     parameters = dict(model.named_parameters())
-    targets = [name for name in config.target_modules or () if name != "all-linear"]
+    is_list = not isinstance(config.target_modules, str)  # all-linear
+    targets = list(config.target_modules or ()) if is_list else []
     find_names("lora_target_modules", targets, list(modules))
     find_names("lora_modules_to_save", config.modules_to_save or (), list(modules))
     find_names("lora_target_parameters", config.target_parameters or (), list(parameters))
