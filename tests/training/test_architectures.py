@@ -22,7 +22,8 @@ def test_the_page_has_every_architecture_and_nothing_else():
     assert PAGE.read_text() == page([TABLE[name] for name in BUILT])
 
 
-@pytest.mark.parametrize("name", CASES["not_built"])
+# To try blt takes 22 GB
+@pytest.mark.parametrize("name", [name for name in CASES["not_built"] if name != "blt"])
 def test_what_is_not_built_cannot_be_built_or_run(name):
     with pytest.raises(Exception):  # noqa: B017 - whatever the architecture raises
         table_row(name)

@@ -51,7 +51,12 @@ def observe(task: str, model: Path, rows: Path, out: Path, **changes) -> str:
     groups = [{k: str(v) for k, v in group.items() if k != "params"} for group in trainer.optimizer.param_groups]
     callbacks = sorted(type(callback).__name__ for callback in trainer.callback_handler.callbacks)
     loader, model = trainer.get_train_dataloader(), trainer.model
-    rest = [(out / "config.json").read_text(), loader.num_workers, model.is_gradient_checkpointing, str(model.dtype)]
+    rest = [
+        sorted(path.read_text() for path in out.glob("*config.json")),
+        loader.num_workers,
+        model.is_gradient_checkpointing,
+        str(model.dtype),
+    ]
     return json.dumps([log, files, weights, groups, callbacks, rest], default=str)
 
 

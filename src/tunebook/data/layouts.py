@@ -99,9 +99,11 @@ def choose_layout(task: str, names: Sequence[str], given: Mapping[str, Any]) -> 
         for name, roles in layouts.items()
         if (columns := fit(roles, names, named, makes_prompt)) is not None
     }
-    weaker = ["tokens", "conversations with a rejected answer"]
-    weaker.append("Alpaca pairs" if "prompt" in fits.get("pairs", {}) else "pairs")
-    fits = {name: columns for name, columns in fits.items() if len(fits) == 1 or name not in weaker}
+    if len(fits) > 1:
+        fits.pop("tokens", None)
+        has_prompt = "prompt" in fits.get("pairs", {})
+        best = "Alpaca pairs" if "Alpaca pairs" in fits and not has_prompt else "pairs"
+        fits = {best: fits[best]} if best in fits else fits
     if len(fits) != 1:
         raise RecipeError(describe_misfit(task, list(fits), listed))
     [(name, columns)] = fits.items()

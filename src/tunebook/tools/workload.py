@@ -14,7 +14,7 @@ from ..environment import Sharding
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig
 from ..training.activation_checkpointing import accept_selective
-from ..training.models import check_model, freeze_layers
+from ..training.models import check_model, freeze_layers, meta_device
 
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "muon": 1}  # tensors per parameter; Adam, the default, keeps two
 
@@ -88,7 +88,7 @@ class Workload:
         if self.task == "rm":
             config.num_labels = 1
         architecture = AutoModelForSequenceClassification if self.task == "rm" else AutoModelForCausalLM
-        with torch.device("meta"):
+        with meta_device():
             model = architecture.from_config(config, dtype=self.compute_dtype)
             if self.num_layers_unfrozen is not None:
                 freeze_layers(model, self.num_layers_unfrozen)

@@ -3,7 +3,8 @@
 import logging
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     set_seed,
 )
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.utils import find_adapter_config_file
 from trl import get_peft_config, get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
@@ -54,6 +56,21 @@ def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "m
         if adapter := find_adapter(name, revision):
             name, revision = base_of(adapter)
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@contextmanager
+def meta_device() -> Iterator[None]:
+    """Build models on the meta device inside, under ZeRO-3 too, which would share out weights that do not exist."""
+    # PATCH(transformers<5.25): from_config asks a global whether ZeRO-3 is on, and has no argument for it. Waits for
+    # transformers/modeling_utils.py:1435. Delete when from_config leaves models on the meta device alone.
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref and hf_deepspeed._hf_deepspeed_config_weak_ref()
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        if config is not None:
+            hf_deepspeed.set_hf_deepspeed_config(config)
 
 
 def find_adapter(name: str, revision: str | None = None) -> PeftConfig | None:

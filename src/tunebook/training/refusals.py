@@ -27,7 +27,7 @@ from ..packing.dropout import turn_off_dropout
 from ..packing.heads import reward_head
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig, SFTConfig
-from .models import check_depth, check_model, find_adapter, settle_balancing_loss, settle_checkpointing
+from .models import check_depth, check_model, find_adapter, meta_device, settle_balancing_loss, settle_checkpointing
 
 # Arguments of from_pretrained that are neither in its signature nor in a config
 LOADING = {
@@ -152,7 +152,7 @@ def build_skeleton(recipe: Recipe, config: PreTrainedConfig) -> PreTrainedModel:
         config.num_labels = 1
     args, attention = recipe.training, recipe.model.attn_implementation
     try:
-        with torch.device("meta"):
+        with meta_device():
             return architecture.from_config(
                 config, trust_remote_code=args.trust_remote_code, attn_implementation=attention
             )
