@@ -172,18 +172,24 @@ def verify(folder: Path) -> str | None:
     return f"it is damaged: {', '.join(changed)} has changed since it was saved" if changed else None
 
 
-def is_complete(folder: Path) -> bool:
-    """Return whether a checkpoint is complete and has all files, as far as their sizes tell."""
+def complete_manifest(folder: Path) -> Record | None:
+    """Return the manifest of a checkpoint that is complete and has all files, as far as their sizes tell; else None."""
     try:
-        return read_manifest(folder) is not None
+        return read_manifest(folder)
     except DamagedError:
-        return False
+        return None
+
+
+def list_manifests(output_dir: Path) -> dict[Path, Record]:
+    """Return the manifests of the complete checkpoints, the least trained first."""
+    manifests = ((path, complete_manifest(path)) for path in checkpoint_folders(output_dir))
+    complete = ((path, manifest) for path, manifest in manifests if manifest is not None)
+    return dict(sorted(complete, key=lambda entry: entry[1]["consumed_samples"]))
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """Return the complete checkpoints, the least trained first."""
-    complete = filter(is_complete, checkpoint_folders(output_dir))
-    return sorted(complete, key=lambda path: whole_manifest(path)["consumed_samples"])
+    return list(list_manifests(output_dir))
 
 
 def checkpoint_folders(output_dir: Path) -> list[Path]:
@@ -310,12 +316,11 @@ def rotate(
     """Delete the least trained checkpoints while there are more than `limit`, or all together exceed `max_gb` (GB), and
     those whose save was interrupted. The last one, the best one, those that still owe something, and what other
     programs saved stay."""
-    complete = list_checkpoints(output_dir)
-    for path in set(output_dir.glob("checkpoint-*")) - set(complete):
+    sizes = {path: sum(manifest["files"].values()) / 1e9 for path, manifest in list_manifests(output_dir).items()}
+    for path in set(output_dir.glob("checkpoint-*")) - set(sizes):
         if (path / BEGUN).exists():
             delete(path)
-    sizes = {path: sum(whole_manifest(path)["files"].values()) / 1e9 for path in complete}
-    for path in complete[:-1]:
+    for path in list(sizes)[:-1]:
         too_many = limit is not None and len(sizes) > limit
         too_large = max_gb is not None and sum(sizes.values()) > max_gb
         if (too_many or too_large) and path not in {Path(best or ""), *owing}:

@@ -250,16 +250,17 @@ def process(
 @contextmanager
 def verified_cache(folder: Path, fingerprint: str, name: str) -> Iterator[None]:
     """Delete cached tokens that are not what was written, before they are read inside; note their checksums."""
-    sums = folder / f"{fingerprint}.json"
-    if PartialState().is_main_process:
-        written = json.dumps(checksums(folder, cached := cached_files(folder, fingerprint)))
-        if cached and not (sums.is_file() and sums.read_bytes() == written.encode()):
+    sums, cached = folder / f"{fingerprint}.json", cached_files(folder, fingerprint)
+    if PartialState().is_main_process and cached:
+        found = json.dumps(checksums(folder, cached))
+        if not (sums.is_file() and sums.read_bytes() == found.encode()):
             logger.warning("The cached tokens of %s are not what was written. They are made anew.", name)
             for file in cached:
                 (folder / file).unlink()
+            cached = []
     yield
-    if PartialState().is_main_process:
-        sums.write_text(json.dumps(checksums(folder, cached_files(folder, fingerprint))))
+    if PartialState().is_main_process and (files := cached_files(folder, fingerprint)) != cached:
+        sums.write_text(json.dumps(checksums(folder, files)))
 
 
 def cached_files(folder: Path, fingerprint: str) -> list[str]:

@@ -5,6 +5,7 @@ from os.path import commonprefix
 
 from transformers import PreTrainedTokenizerBase
 
+from .tokenizer import special_tokens
 from .turns import Dropped, Turn, text_turn
 
 NO_PROMPT = "a pair has no prompt: set `prompt_column`, or to none if that is meant"
@@ -68,8 +69,7 @@ def split_text(chosen: str, rejected: str, tokenizer: PreTrainedTokenizerBase) -
         Dropped: when there is none.
     """
     shared = commonprefix([chosen, rejected])
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    ends = [shared.rfind(token) + len(token) for token in special if token in shared]
+    ends = [shared.rfind(token) + len(token) for token in special_tokens(tokenizer) if token in shared]
     ends.append(shared.rfind("\n") + 1)
     ends += [i for i in range(len(shared) + 1) if chosen[i : i + 1] == rejected[i : i + 1] == " "]
     ends = [end for end in ends if end > 0 and chosen[end:].strip() and rejected[end:].strip()]

@@ -14,7 +14,7 @@ from .audit import OTHERS_TRAINED, SECOND_BOS, SECOND_END, audit, audit_whole, o
 from .layouts import Layout, fill_template, template_columns
 from .pairs import EQUAL, read_alike, split_text, split_turns
 from .templates import ChatTemplate, Extras, Located, Span
-from .tokenizer import added_ids, end_of_turn_ids
+from .tokenizer import adds_bos, end_of_turn_ids
 from .turns import (
     Dropped,
     MessageMapping,
@@ -96,7 +96,7 @@ class Renderer:
                 with suppress(Exception):  # TRL has none of this template, or cannot render it
                     self.marked_template = get_training_chat_template(tokenizer)
         self.ends = tuple(tokenizer.convert_ids_to_tokens(end_of_turn_ids(tokenizer, None)))
-        self.adds_bos = tokenizer.bos_token_id in added_ids(tokenizer)[0]
+        self.bos = str(tokenizer.bos_token) if adds_bos(tokenizer) else ""  # that the tokenizer puts before a text
 
     def template(self, extras: Extras) -> ChatTemplate:
         """Return the chat template for a row."""
@@ -198,8 +198,7 @@ class Renderer:
         if isinstance(prompt, str) and not looks_like_turns(prompt):
             text = prompt if template is None else fill_template(template, {"": prompt})
             if not self.settings.apply_chat_template:
-                bos = self.settings.tokenizer.bos_token if self.adds_bos else None
-                return text.removeprefix(bos or "")
+                return text.removeprefix(self.bos)
             turns = [text_turn("user", text)]
         else:
             turns = self.read_turns(prompt)
@@ -255,10 +254,9 @@ class Renderer:
     def plain(self, prompt: str, answer: str) -> Rendered:
         """Return a text without a template, which ends with EOS but for pre-training."""
         text, flaw, eos = prompt + answer, None, self.settings.tokenizer.eos_token
-        bos = self.settings.tokenizer.bos_token if self.adds_bos else None
         start = len(prompt)
-        if bos and text.startswith(bos):
-            text, start, flaw = text.removeprefix(bos), max(0, start - len(bos)), SECOND_BOS
+        if self.bos and text.startswith(self.bos):
+            text, start, flaw = text.removeprefix(self.bos), max(0, start - len(self.bos)), SECOND_BOS
         if not self.settings.pretraining:
             text, removed = self.single_end(text)
             flaw = SECOND_END if removed else flaw
@@ -270,11 +268,15 @@ class Renderer:
         """Return a text without the second of two end tokens at its end, and whether there was one."""
         core, removed = text.rstrip(), False
         while core.endswith(self.ends):
-            before = core[: -max(len(end) for end in self.ends if core.endswith(end))]
+            before = self.without_end(core)
             if not before.rstrip().endswith(self.ends):
                 break
             text, core, removed = before, before.rstrip(), True
         return text, removed
+
+    def without_end(self, text: str) -> str:
+        """Return a text without the longest end token that it ends with."""
+        return text[: -max(len(end) for end in self.ends if text.endswith(end))]
 
     def turns(self, turns: list[Turn], row: Mapping[str, Any], first: int | None = None) -> Rendered:
         """Return turns as the chat template writes them, and what of them is trained.
@@ -320,7 +322,7 @@ class Renderer:
             if turn.role == "assistant" and turn.content.rstrip().endswith(self.ends):
                 core = turn.content.rstrip()
                 while core.endswith(self.ends):
-                    core = core[: -max(len(end) for end in self.ends if core.endswith(end))].rstrip()
+                    core = self.without_end(core).rstrip()
                 turn, flaw = Turn(turn.message | {"content": core}, turn.trained, turn.opening), SECOND_END
             kept.append(turn)
         return kept, flaw
@@ -351,13 +353,9 @@ class Renderer:
             raise Dropped(UNCERTAIN)
         chosen = [i for i in range(first, len(turns)) if trained[i] is by_turns]
         start = 0 if by_turns or not first else find_start(located, turns[first], first, text)
-        spans = []
-        for i in chosen:
-            begin, end = find_start(located, turns[i], i, text), located.bounds(i)[1]
-            if begin is None or end is None:
-                raise Dropped(UNCERTAIN)
-            spans.append((begin, end))
-        if start is None:
+        found = [(find_start(located, turns[i], i, text), located.bounds(i)[1]) for i in chosen]
+        spans = [(begin, end) for begin, end in found if begin is not None and end is not None]
+        if start is None or len(spans) < len(found):
             raise Dropped(UNCERTAIN)
         if not by_turns:
             end = located.bounds(len(turns) - 1)[1]
@@ -382,8 +380,10 @@ def find_start(located: Located, turn: Turn, number: int, text: str) -> int | No
         return start
     slot, [(begin, end), *_] = found
     if turn.opening:
-        stripped = len(turn.content) - len(turn.content.lstrip()) if text[begin or 0].isspace() is False else 0
-        return None if begin is None else begin + max(0, len(turn.opening) - stripped)
+        if begin is None:
+            return None
+        stripped = 0 if text[begin].isspace() else len(turn.content) - len(turn.content.lstrip())
+        return begin + max(0, len(turn.opening) - stripped)
     if turn.role != "assistant" or start is None:
         return begin
     if begin is not None:

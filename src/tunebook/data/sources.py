@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ class Source:
     rows: Dataset
     layout: Layout
 
-    @property
+    @cached_property
     def has_turns(self) -> bool:
         """Return whether any row has turns: lists, or the JSON text of one."""
         roles = ("messages", "prompt", "completion", "chosen", "rejected")

@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 from trl.chat_template_utils import has_generation_markers
 
+from .tokenizer import special_tokens
 from .turns import Dropped, Messages, Turn, Users
 
 MARK = re.compile(r"ZqX(\d{5})XqZ", re.IGNORECASE)
@@ -78,8 +79,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, source: str):
         self.tokenizer, self.source, self.is_marked = tokenizer, source, has_generation_markers(source)
-        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-        special |= {tokenizer.eos_token} - {None}
+        special = {*special_tokens(tokenizer), tokenizer.eos_token} - {None}
         self.special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
         self.fields = FIELDS | {name for name in re.findall(r"\w+", source)}
         self.shapes: dict[str, Shape | None] = {}

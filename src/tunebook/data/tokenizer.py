@@ -92,6 +92,10 @@ def find_eos_token(tokenizer: PreTrainedTokenizerBase, known: int | list[int] | 
         logger.warning(message, tokenizer.eos_token)
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+
+
 def is_special(tokenizer: PreTrainedTokenizerBase, token: int) -> bool:
     added = tokenizer.added_tokens_decoder
     return token in added and added[token].special
@@ -148,7 +152,7 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, has_turns: bool, needs_e
         message = "The tokenizer has no chat template, so ChatML is used, with EOS <|im_end|> and %d new tokens. "
         logger.warning(message + "Set `chat_template` or `chat_template_path` to use a different one.", added)
     if needs_eos and tokenizer.eos_token is None:
-        special = ", ".join(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+        special = ", ".join(special_tokens(tokenizer))
         raise RecipeError(
             "The tokenizer has no EOS token, so no answer would end. Set `eos_token` to one of its tokens"
             f" ({special or 'it has no special ones'})."

@@ -6,6 +6,7 @@ from typing import Any
 from datasets import Features, List, Value
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from .pairs import EQUAL
 from .rendering import Rendered, Renderer, RenderSettings, Spans
 from .tokenizer import added_ids
 from .turns import Dropped, Users, parse_json
@@ -74,7 +75,7 @@ def finish_rm(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, An
     (chosen, _), (rejected, _) = texts
     outcome = KEPT
     if chosen == rejected:
-        outcome = "chosen equals rejected"
+        outcome = EQUAL
     elif settings.max_length is not None and max(len(chosen), len(rejected)) > settings.max_length:
         outcome = "longer than max_length"
     return {"chosen_ids": chosen, "rejected_ids": rejected, "outcome": outcome}
@@ -91,7 +92,7 @@ def finish_dpo(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, A
     if min(len(chosen), len(rejected)) <= prompt:
         outcome = "the prompt fills max_length" if outcome == CUT else "empty answer"
     elif chosen == rejected:
-        outcome = f"chosen equals rejected{' within max_length' if outcome == CUT else ''}"
+        outcome = f"{EQUAL}{' within max_length' if outcome == CUT else ''}"
     answers = {"chosen_ids": chosen[prompt:], "rejected_ids": rejected[prompt:]}
     return {"prompt_ids": chosen[:prompt], **answers, "outcome": outcome}
 

@@ -214,10 +214,9 @@ def read_tools(value: Users) -> Messages | None:
     if not value:
         return None
     tools = value if isinstance(value, list) else [value]
-    if from_text:  # a list of texts, as some data sets store each
-        tools = [parse_json(tool, "a tool") if isinstance(tool, str) else tool for tool in tools]
-    else:
-        tools = [parse_json(tool, "a tool") if isinstance(tool, str) else without_nulls(tool) for tool in tools]
+    # Some data sets store a list of texts
+    clean = (lambda tool: tool) if from_text else without_nulls
+    tools = [parse_json(tool, "a tool") if isinstance(tool, str) else clean(tool) for tool in tools]
     if any(not isinstance(tool, dict) for tool in tools):
         raise Dropped("a tool is not a mapping", str(value)[:80])
     wrapped = [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]

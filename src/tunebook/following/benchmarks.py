@@ -69,22 +69,25 @@ def lm_eval_command(benchmark: Path, model: str, output_path: Path, revision: st
     be given by revision: lm-eval 0.4.13 asks the base model for the same revision.
     """
     model_args = read_benchmark(benchmark).get("model_args", {}) | {"pretrained": model}
-    adapter_config = Path(model) / "adapter_config.json"
-    if adapter_config.exists():
-        base_model = json.loads(adapter_config.read_text())["base_model_name_or_path"]
-        model_args |= {"pretrained": base_model, "peft": model, "tokenizer": model}
+    if base := base_model(model):
+        model_args |= {"pretrained": base, "peft": model, "tokenizer": model}
     if revision:
         model_args["revision"] = revision
     command = [sys.executable, "-m", "lm_eval", "run", "--config", str(benchmark)]
     return [*command, "--model_args", json.dumps(model_args), "--output_path", str(output_path)]
 
 
+def base_model(model: str | Path) -> str | None:
+    """Return the base model that the folder of an adapter names; None for a whole model."""
+    config = Path(model) / "adapter_config.json"
+    return json.loads(config.read_text())["base_model_name_or_path"] if config.exists() else None
+
+
 def has_larger_vocabulary(model: str) -> bool:
     """Return whether a model is the folder of an adapter with more tokens than its base model has rows of embeddings:
     lm-eval loads the base model as it is, which the adapter then does not fit."""
-    if not (Path(model) / "adapter_config.json").exists():
+    if (base := base_model(model)) is None:
         return False
-    base = json.loads((Path(model) / "adapter_config.json").read_text())["base_model_name_or_path"]
     rows: int = AutoConfig.from_pretrained(base).get_text_config().vocab_size
     return len(AutoTokenizer.from_pretrained(model)) > rows
 
@@ -363,7 +366,7 @@ class BenchmarkCallback(StagingCallback):
     def _submit_held(self, is_last: bool = False) -> None:
         for step in sorted(self.held):
             revision = step_revision(self.trainer.args.hub_revision or "", step)
-            is_adapter = (self._staged(step) / "adapter_config.json").exists()
+            is_adapter = base_model(self._staged(step)) is not None
             uploads = None if self.push is None or is_adapter else self.push.uploads
             if uploads and revision in uploads.pushed:
                 self._submit(step, revision)

@@ -53,6 +53,11 @@ def list_offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
     return pc.list_flatten(column).to_numpy(), np.concatenate(([0], lengths.cumsum()))
 
 
+def count_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Return (rows,) how many values of each row are true."""
+    return np.diff(np.concatenate(([0], values.cumsum()))[offsets])
+
+
 @dataclass(eq=False, repr=False)
 class TokenBatchSampler(BatchRebalanceSampler):
     """Batches with an even number of packed tokens, for one rank.

@@ -8,7 +8,7 @@ from datasets import Dataset
 from trl.data_utils import pack_dataset
 
 from ..errors import user_errors
-from ..packing.batches import TokenBatchSampler, decides_sharing, list_offsets, pair_lengths
+from ..packing.batches import TokenBatchSampler, count_per_row, decides_sharing, list_offsets, pair_lengths
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
 from .workload import Batch
@@ -53,11 +53,6 @@ def measure_rows(task: str, dataset: Dataset, ends: Sequence[int], max_length: i
     if task == "dpo":
         return Lengths(counts["prompt_ids"], answers, answers, ended, saved)
     return Lengths(saved, answers - saved[:, None], np.ones_like(answers), ended, saved)
-
-
-def count_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
-    """Return (rows,) how many values of each row are true."""
-    return np.diff(np.concatenate(([0], values.cumsum()))[offsets])
 
 
 def ends_turn(values: np.ndarray, offsets: np.ndarray, ends: Sequence[int], tail: int = 3) -> np.ndarray:

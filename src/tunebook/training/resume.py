@@ -241,7 +241,7 @@ class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
         if state.best_global_step is None:
             return
         path = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if checkpoints.is_complete(path):
+        if checkpoints.complete_manifest(path) is not None:
             state.best_model_checkpoint = str(path)
             return
         logger.warning("The best checkpoint, %s, is not there any more. The best is sought from here on.", path)

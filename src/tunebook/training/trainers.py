@@ -24,7 +24,7 @@ from ..environment import launched_sharding
 from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
 from ..packing import pack_causal_lm, pack_reward_model
-from ..packing.batches import TokenBatchSampler, decides_sharing, pair_lengths
+from ..packing.batches import TokenBatchSampler, count_per_row, decides_sharing, list_offsets, pair_lengths
 from ..packing.dropout import turn_off_dropout
 from ..packing.forward import RewardOutput
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
@@ -81,8 +81,8 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
 
 def drop_unlabelled(packed: Dataset) -> Dataset:
     """Return packed rows without those in which nothing is trained: pieces of long prompts, which have no loss."""
-    batches = packed.select_columns("labels").with_format("pandas").iter(batch_size=1000)
-    trained = np.array([(labels != -100).any() for batch in batches for labels in batch["labels"]], dtype=bool)
+    labels, offsets = list_offsets(packed.with_format("arrow")["labels"][:])
+    trained = count_per_row(labels != -100, offsets) > 0
     if trained.all():
         return packed
     left_out = len(packed) - int(trained.sum())
