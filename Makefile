@@ -38,7 +38,7 @@ slurm: install  ## train on several nodes: make slurm TASK=sft RECIPE=recipes/..
 	PATH="$(CURDIR)/$(BIN):$$PATH" sbatch --nodes $(NODES) launch/train.slurm $(ACCELERATE) $(TASK) --config $(RECIPE) $(ARGS)
 
 test: install  ## run the whole suite, offline and without a GPU
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --durations 15
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder --max-worker-restart 0 --durations 15
 
 lint: install  ## check style, dependencies and types, change nothing
 	$(BIN)/ruff check .
