@@ -191,6 +191,8 @@ def test_columns_prompt_template_and_system_prompt(tmp_path, tokenizer):
     keys = {"rows": [{"q": "two plus three?", "a": "five"}], "prompt_column": "q", "completion_column": "a"}
     plain = load("sft", tokenizer, tmp_path, **keys, prompt_template="User: {}\nAssistant: ").train[0]
     assert tokenizer.decode(plain["input_ids"]) == "User: two plus three?\nAssistant: five<|im_end|>"
+    named = load("sft", tokenizer, tmp_path, **keys | {"prompt_column": None}, prompt_template="[[{q}]] {a}: ").train[0]
+    assert tokenizer.decode(named["input_ids"]) == "two plus three? five: five<|im_end|>"
     chat = load("sft", tokenizer, tmp_path, **keys, apply_chat_template=True, system_prompt="be brief").train[0]
     assert tokenizer.decode(chat["input_ids"]) == (
         "<|im_start|>system\nbe brief<|im_end|>\n<|im_start|>user\ntwo plus three?<|im_end|>\n"

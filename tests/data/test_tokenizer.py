@@ -5,7 +5,7 @@ from conftest import TEMPLATE, build_model, build_tokenizer, save_model, train, 
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tunebook.data.tokenizer import adds_bos, adds_eos, end_of_turn_ids, load_recipe_tokenizer, settle_template
+from tunebook.data.tokenizer import added_ids, end_of_turn_ids, load_recipe_tokenizer, settle_template
 from tunebook.errors import RecipeError
 from tunebook.recipe import parse
 
@@ -83,7 +83,8 @@ def test_what_a_tokenizer_adds_to_a_text_is_known_and_logged(around, settle, cap
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=around, special_tokens=ids)
     caplog.set_level("INFO", "tunebook")
     settled = settle(tokenizer)
-    assert (adds_bos(settled), adds_eos(settled)) == ("<s>" in around, "</s>" in around)
+    before, after = added_ids(settled)
+    assert (settled.bos_token_id in before, settled.eos_token_id in after) == ("<s>" in around, "</s>" in around)
     assert ("before a text" in caplog.text) == (around != "$A")
 
 

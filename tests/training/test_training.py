@@ -31,8 +31,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from tunebook import checkpoints, run_script
 from tunebook.errors import RecipeError
-from tunebook.recipe import read_recipe
+from tunebook.recipe import parse, read_recipe
 from tunebook.scripts import sft
+from tunebook.tools.preview import preview_rows
 from tunebook.training.models import end_of_turn_ids, freeze_layers
 
 LONG = {"max_steps": 6, "learning_rate": 1e-2}
@@ -114,7 +115,9 @@ def test_pieces_without_a_label_do_not_lower_the_evaluations_loss(strategy, tiny
     rows = write_rows(tmp_path / "rows.jsonl", [{"prompt": "one two three " * 12, "completion": "five"}] * 4)
     keys = {"packing": True, "packing_strategy": strategy, "max_length": 16, "per_device_eval_batch_size": 1}
     keys |= {"eval_dataset_name": str(rows), "do_eval": True, "eval_strategy": "steps", "eval_steps": 1, "max_steps": 1}
+    _, report = preview_rows(parse("sft", short_recipe(tiny, rows, tmp_path / "o", **keys)), count=4)
     trainer = train("sft", tiny, rows, tmp_path / "o", learning_rate=1e-30, **keys)
+    assert report.endswith(f"packed into {len(trainer.train_dataset)}")
     rows = trainer.eval_dataset.to_list()
     assert rows and all(set(row["labels"]) != {-100} for row in rows)
     if strategy == "wrapped":  # each row is one document

@@ -113,11 +113,6 @@ def adds_bos(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.bos_token_id in added_ids(tokenizer)[0])
 
 
-def adds_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return how many EOS tokens the tokenizer itself puts after a text: 0 or 1."""
-    return int(tokenizer.eos_token_id in added_ids(tokenizer)[1])
-
-
 def set_pad_token(tokenizer: PreTrainedTokenizerBase, distinct: bool) -> None:
     """Give a tokenizer without pad token one of its spare tokens, else EOS.
 

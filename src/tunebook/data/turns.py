@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import brief
+
 # Their names for roles, in lower case
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -24,7 +26,7 @@ class Dropped(Exception):
     """A row that cannot be trained on: the reason, which many rows may share, and what this row shows of it."""
 
     def __init__(self, reason: str, example: str = ""):
-        super().__init__(reason)
+        super().__init__(f"{reason}: {brief(example)}" if example else reason)
         self.reason, self.example = reason, example
 
 

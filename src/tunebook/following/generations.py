@@ -36,7 +36,6 @@ from ..data.files import read_files
 from ..data.layouts import Layout, template_columns
 from ..data.rendering import Renderer, RenderSettings
 from ..data.turns import Dropped, MessageMapping
-from ..errors import brief
 from ..files import append_rows
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RunConfig, ScriptArguments
@@ -131,9 +130,7 @@ def render_prompts(prompts: Sequence[Prompt], renderer: Renderer) -> list[str]:
         try:
             texts.append(renderer.question(prompt))
         except Dropped as dropped:
-            raise ValueError(
-                f"`eval_prompts`: prompt {number} cannot be read: {dropped.reason} {brief(dropped.example)}"
-            ) from dropped
+            raise ValueError(f"`eval_prompts`: prompt {number} cannot be read: {dropped}.") from dropped
     return texts
 
 

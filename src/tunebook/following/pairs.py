@@ -18,7 +18,7 @@ from ..data.rendering import Renderer
 from ..data.sources import load_source
 from ..data.tokens import tokenize
 from ..data.turns import Dropped
-from ..errors import RecipeError, brief, foreign
+from ..errors import RecipeError, foreign
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import RewardConfig, RunConfig, ScriptArguments
 from .generations import map_over_ranks, render_settings
@@ -141,5 +141,5 @@ def render_ids(rows: Iterable[dict[str, Any]], renderer: Renderer, name: str) ->
             try:
                 texts.append(renderer.sft(row))
             except Dropped as dropped:
-                raise RecipeError(f"{name}, row {number}: {dropped.reason} {brief(dropped.example)}.") from dropped
+                raise RecipeError(f"{name}, row {number}: {dropped}.") from dropped
     return [ids for ids, _ in tokenize(texts, renderer.settings.tokenizer)]

@@ -1,5 +1,6 @@
-"""Batches of preference pairs with an even number of packed tokens."""
+"""Packed rows, and batches of preference pairs with an even number of packed tokens."""
 
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
 from ..recipe.configs import DPOConfig, RewardConfig
+
+logger = logging.getLogger(__name__)
 
 WINDOW = 16  # optimizer steps whose batches are balanced with one another
 
@@ -56,6 +59,17 @@ def list_offsets(column: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
 def count_per_row(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
     """Return (rows,) how many values of each row are true."""
     return np.diff(np.concatenate(([0], values.cumsum()))[offsets])
+
+
+def drop_unlabelled(packed: Dataset) -> Dataset:
+    """Return packed rows without those in which nothing is trained: pieces of long prompts, which have no loss."""
+    labels, offsets = list_offsets(packed.with_format("arrow")["labels"][:])
+    trained = count_per_row(labels != -100, offsets) > 0
+    if trained.all():
+        return packed
+    left_out = len(packed) - int(trained.sum())
+    logger.info("%d of %d packed rows have nothing to train on and are left out.", left_out, len(packed))
+    return packed.select(np.flatnonzero(trained))
 
 
 @dataclass(eq=False, repr=False)

@@ -43,8 +43,8 @@ def contradictions(v: Values) -> Iterator[str]:
     """Yield what is wrong with the keys in combination, a message each."""
     yield from (rule["message"] for rule in RULES["contradictions"] if holds(rule["if"], v))
     yield from mixture_contradictions(v)
-    if v["prompt_template"] is not None and "{}" not in v["prompt_template"]:
-        yield "`prompt_template` has no {}, the place of the prompt. Add it."
+    if v["prompt_template"] is not None and not re.search(r"\{\w*\}", v["prompt_template"]):
+        yield "`prompt_template` has no place for a prompt. Add {} for the prompt column, or {name} for a column."
     if v["test_split_size"] is not None and v["test_split_size"] >= 1 and v["test_split_size"] % 1:
         yield "`test_split_size` is neither a fraction below 1 nor a whole number of rows. Set one of them."
     if is_benchmark(v["metric_for_best_model"]) and v.get("benchmark_schedule") in ("after", "beside"):

@@ -19,6 +19,7 @@ from ..data import load_recipe_data
 from ..data.rendering import Renderer
 from ..data.tokens import TOKEN_COLUMNS, process_batch
 from ..files import read_yaml, terminal
+from ..packing.batches import drop_unlabelled
 from ..recipe import Recipe
 from ..recipe.configs import SFTConfig
 
@@ -55,7 +56,7 @@ def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
     train, report = data.train, str(data.counts["train"])
     if isinstance(args, SFTConfig) and args.packing:
         assert args.max_length is not None
-        train = pack_dataset(train, args.max_length, args.packing_strategy)
+        train = drop_unlabelled(pack_dataset(train, args.max_length, args.packing_strategy))
         report += f"; packed into {len(train):,}"
     uncut = [
         row

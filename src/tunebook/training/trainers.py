@@ -24,7 +24,12 @@ from ..environment import launched_sharding
 from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
 from ..packing import pack_causal_lm, pack_reward_model
-from ..packing.batches import TokenBatchSampler, count_per_row, decides_sharing, list_offsets, pair_lengths
+from ..packing.batches import (
+    TokenBatchSampler,
+    decides_sharing,
+    drop_unlabelled,
+    pair_lengths,
+)
 from ..packing.dropout import turn_off_dropout
 from ..packing.forward import RewardOutput
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
@@ -77,17 +82,6 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
             packed = super()._prepare_dataset(dataset, processing_class, args, packing, *rest)  # type: ignore[arg-type]
             return drop_unlabelled(packed)
         return dataset.shuffle(seed=args.seed) if args.shuffle_dataset else dataset
-
-
-def drop_unlabelled(packed: Dataset) -> Dataset:
-    """Return packed rows without those in which nothing is trained: pieces of long prompts, which have no loss."""
-    labels, offsets = list_offsets(packed.with_format("arrow")["labels"][:])
-    trained = count_per_row(labels != -100, offsets) > 0
-    if trained.all():
-        return packed
-    left_out = len(packed) - int(trained.sum())
-    logger.info("%d of %d packed rows have nothing to train on and are left out.", left_out, len(packed))
-    return packed.select(np.flatnonzero(trained))
 
 
 class PairPackingMixin(ThroughputMixin, RunMixin):
