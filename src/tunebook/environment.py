@@ -1,13 +1,23 @@
 """What the launcher's environment says: ranks, FSDP, DeepSpeed. No other module reads it."""
 
+import logging
 import os
 import re
+import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import psutil
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+BUILD_SILENCE = 300  # seconds without a new file, after which nobody builds an operator any more
 
 # With what launchers set, lm-eval would wait for the other ranks of a job that it is not part of
 LAUNCHER_PREFIXES = ("ACCELERATE_", "TORCHELASTIC_", "FSDP_", "SLURM_")
@@ -46,6 +56,42 @@ def rank() -> int:
 
 def shows_tracebacks() -> bool:
     return os.environ.get("TUNEBOOK_LOG_LEVEL", "").lower() == "debug"
+
+
+def uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+
+
+def is_open(path: Path) -> bool:
+    """Return whether a process of this user and host has a file open."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if any(file.path == str(path.resolve()) for file in process.open_files()):
+                return True
+    return False
+
+
+def free_build_locks() -> None:
+    """Remove the locks that processes which were killed while they loaded an operator of DeepSpeed have left.
+
+    `torch.utils.cpp_extension` would wait for them without an end. Another host may share the folder and hold one, so
+    that a lock which no process of this host has open is taken when no file beside it changes.
+    """
+    from torch.utils.cpp_extension import get_default_build_root
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        if is_open(lock):
+            continue
+        logger.warning(
+            "%s is held by no process of this host. It is removed if nothing is built beside it for %d s.",
+            *(lock, BUILD_SILENCE),
+        )
+        with suppress(FileNotFoundError):
+            while time.time() - max(path.stat().st_mtime for path in lock.parent.iterdir()) < BUILD_SILENCE:
+                lock.stat()
+                time.sleep(1)
+            lock.unlink()
 
 
 def uses_fsdp() -> bool:

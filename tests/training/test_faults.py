@@ -16,6 +16,7 @@ from filelock import SoftFileLease
 
 from tunebook import checkpoints
 from tunebook.checkpoints import MANIFEST, find_checkpoint
+from tunebook.environment import free_build_locks
 from tunebook.errors import RecipeError, interrupted_by_signals
 from tunebook.following.report import read_json
 from tunebook.training import held, holding
@@ -245,3 +246,18 @@ def test_ctrl_c_while_the_libraries_load_is_one_line(tiny, sft_rows, tmp_path):
     time.sleep(0.7)
     process.send_signal(signal.SIGINT)
     assert (process.wait(), log.read_text()) == (130, "Interrupted.\n")
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_the_lock_of_a_build_that_was_killed_is_removed_once_nothing_is_built(held, tmp_path, monkeypatch, caplog):
+    lock = tmp_path / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr("tunebook.environment.BUILD_SILENCE", 1.5)
+    with lock.open("w") as file:
+        if not held:
+            file.close()
+        began = time.monotonic()
+        free_build_locks()
+    assert lock.exists() == held == (time.monotonic() - began < 1.5)
+    assert held or str(lock) in caplog.text

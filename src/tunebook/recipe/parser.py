@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ..environment import free_build_locks, uses_deepspeed
 from ..errors import RecipeError, brief, plain
 from ..files import read_yaml, shipped
 from . import configs
@@ -83,6 +84,8 @@ def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | N
     if messages := list(mistakes.values()) or faults(given, values):
         raise RecipeError("\n".join(messages))
     script, training, model = TASKS[task]
+    if uses_deepspeed():
+        free_build_locks()
 
     def build_part(cls: type[T]) -> T:
         return build(cls, {name: values[name] for name in keys_of(cls) if name in given})
