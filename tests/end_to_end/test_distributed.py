@@ -3,11 +3,13 @@
 import json
 
 import pytest
-from conftest import launch_runs, short_recipe
+from conftest import assert_same_weights, launch_runs, short_recipe
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from tunebook import run_script
+from tunebook.files import read_rows
+from tunebook.following.generations import generate
 
 pytestmark = pytest.mark.slow
 REWARDS = ["rewards/accuracies", "logps/chosen"]
@@ -20,6 +22,12 @@ RUNS = {
 }
 KEYS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True, "test_split_size": 8}
 KEYS |= {"global_batch_size": 8, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
+# With dropout, so that the random state matters
+EVALUATED = {"model_init_kwargs": {"attention_dropout": 0.3}, "eval_strategy": "steps", "eval_steps": 2}
+EVALUATED |= {"learning_rate": 0.1}  # large, so that outputs differ between prompts
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+PROMPTS = ["what is 2 plus 3?", "what", "one and four make"]
+GENERATING = {"eval_prompts": PROMPTS, "eval_generation_kwargs": GREEDY}
 
 
 @pytest.fixture(scope="module")
@@ -43,11 +51,15 @@ def one_process(recipes, tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
 def two_processes(request, recipes, tmp_path_factory):
-    """Folder of the runs of two processes, and of one more that resumes from a checkpoint of the first."""
+    """Folder of the runs of two processes, of one that resumes from a checkpoint of the first, and of two with
+    evaluations, with and without generations."""
     folder = tmp_path_factory.mktemp(request.param)
     runs = recipes(folder)
     resumed = {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")}
-    launch_runs([*runs.values(), ("sft", runs["sft"][1] | resumed)], config=request.param, processes=2)
+    evaluated = runs["sft"][1] | EVALUATED
+    more = [runs["sft"][1] | resumed, evaluated | {"output_dir": str(folder / "silent")}]
+    more += [evaluated | GENERATING | {"output_dir": str(folder / "generating")}]
+    launch_runs([*runs.values(), *(("sft", keys) for keys in more)], config=request.param, processes=2)
     return folder
 
 
@@ -69,3 +81,15 @@ def test_two_processes_equal_one(run, one_process, two_processes):
 def test_two_processes_resume_from_their_checkpoint(two_processes):
     assert not (two_processes / "resumed" / "checkpoint-2").exists()
     assert metrics(two_processes / "resumed", "loss") == pytest.approx(metrics(two_processes / "sft", "loss"), rel=1e-6)
+
+
+def test_two_processes_generate_what_one_does_and_train_as_without(two_processes, tiny):
+    assert_same_weights(two_processes / "generating", two_processes / "silent")
+    rows = read_rows(two_processes / "generating" / "generations.jsonl")
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(two_processes / "generating"),
+        AutoTokenizer.from_pretrained(tiny),
+    )
+    outputs = generate(model, tokenizer, PROMPTS, batch_size=1, **GREEDY)
+    assert [(row["prompt"], row["output"]) for row in rows if row["step"] == 4] == [*zip(PROMPTS, outputs, strict=True)]
+    assert len(set(outputs)) > 1

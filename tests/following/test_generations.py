@@ -1,22 +1,17 @@
-"""Generations at evaluations: alone, and under DDP and ZeRO-3 with two processes on the CPU.
-
-This file is also the script that the distributed tests launch: tests/test_generations.py MODEL OUT ARGUMENTS
-"""
+"""Generations at evaluations, of one process."""
 
 import json
 import random
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import build_model, launch
+from conftest import build_model
 from datasets import Dataset
 from plain_trainer import make_trainer
-from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, Trainer
+from transformers import AutoModelForCausalLM, GenerationConfig, Trainer
 
 from tunebook.data.layouts import Layout
 from tunebook.data.rendering import Renderer, RenderSettings
@@ -199,24 +194,3 @@ class TestTraining:
         means = {log["step"]: log["eval_letters"] for log in trainer.state.log_history if "eval_letters" in log}
         assert trainer.state.best_metric == max(means.values())
         assert means[trainer.state.best_global_step] == max(means.values())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("strategy", "arguments"), [("ddp", {}), ("zero3", {"use_cpu": False})], ids=["ddp", "zero3"])
-def test_two_processes_generate_what_one_does_and_train_as_without(model, tmp_path, strategy, arguments):
-    run = launch(__file__, model, tmp_path, json.dumps(arguments), config=strategy, processes=2)
-    assert run.returncode == 0, run.stderr[-3000:]
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("with", "without")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-    rows = [row for row in read_rows(tmp_path / "with" / "generations.jsonl") if row["step"] == 2]
-    trained = AutoModelForCausalLM.from_pretrained(tmp_path / "with")
-    outputs = generate(trained, AutoTokenizer.from_pretrained(model), PROMPTS, batch_size=1, **GREEDY)
-    assert [row["prompt"] for row in rows] == PROMPTS
-    assert [row["output"] for row in rows] == outputs
-
-
-if __name__ == "__main__":
-    for name, kwargs in (("with", GREEDY), ("without", None)):
-        arguments = {"ddp_backend": "gloo", **json.loads(sys.argv[3])}
-        train(Path(sys.argv[1]), Path(sys.argv[2]) / name, kwargs, **arguments).save_model()
