@@ -30,6 +30,7 @@ from ..packing.context_parallel import ContextParallelMixin
 from .finite import FiniteMixin
 from .optimizers import MuonMixin
 from .refusals import NO_BATCH
+from .sharded import FSDPMixin
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def is_on_hub(name: str) -> bool:
     return not Path(name).exists()
 
 
-class RunMixin(FiniteMixin, MuonMixin, ContextParallelMixin):
+class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
     """Mixin before a TRL trainer that saves complete checkpoints only, and resumes at the sample where they stopped.
 
     Args:
