@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 from transformers.utils import ModelOutput
@@ -162,6 +163,12 @@ def pack_causal_lm(
             if not fused:
                 logger.info(OWN_HEAD, type(self).__name__, self.config.get_text_config().vocab_size)
         score = functools.partial(_score_fused, fused_forward) if fused else functools.partial(_score_own, own_forward)
+        # PATCH(trl<1.17, accelerate<1.16): the fused head reads the weights of a head that it does not call, and gives
+        # each shard the gradient of its own rank alone, unless accelerate has put the head in a unit with the norm
+        # before it, which it does not find under PEFT and in OPT. Waits for trl/trainer/utils.py:1636. Delete when TRL
+        # calls the head, or unshards it.
+        if isinstance(head := self.get_output_embeddings(), FSDPModule):
+            head.unshard()
         return _score_labels(functools.partial(score, *args), self, backbone, layout, labels, kwargs)
 
     _replace_forward(causal_lm, forward)
