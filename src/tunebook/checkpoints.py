@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, cast
 
 import xxhash
 
@@ -28,12 +28,52 @@ logger = logging.getLogger(__name__)
 warn_once = cache(logger.warning)
 
 MANIFEST = "manifest.json"
-Record = Mapping[str, Any]  # the JSON of a manifest: what a run is made of, its recipe, and how far it has come
 BEGUN = f"{MANIFEST}.partial"  # in a checkpoint that is being saved, or whose save was interrupted
 FIXED = ("data", "seed", "order", "reference")  # a run with a different one is a different run
 SET_BACK = "Set that back, or another `output_dir`, or `resume_from_checkpoint: never`"
 # How Python, safetensors and torch.save, which loses the error's number, report a full disk or quota
 FULL = re.compile(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b|inline_container\.cc")
+
+
+class Progress(TypedDict):
+    """How far training has come."""
+
+    epoch: int
+    samples_in_epoch: int
+    consumed_samples: int
+    global_batch_size: int
+    world_size: int
+    share_prefix: bool
+    num_tokens: int
+
+
+class Record(TypedDict, total=False):
+    """What a run is made of, before its rows are read and after; the JSON of record.json."""
+
+    task: str
+    model: str
+    weights: str
+    reference: str | None
+    seed: int
+    order: Mapping[str, object]
+    trained: Mapping[str, object]
+    optim: str
+    engine: str
+    learning_rate: float
+    data: str
+    recipe: dict[str, Any]
+    rows: dict[str, str]
+    versions: dict[str, str]
+    resumed_from: list[str]
+    parameters: str
+
+
+class Manifest(Record, Progress):
+    """The JSON of a checkpoint's manifest."""
+
+    train_loss: float
+    files: dict[str, int]  # name -> bytes
+    checksums: dict[str, str]
 
 
 class DiskFullError(RecipeError):
@@ -109,20 +149,28 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
         return dict(zip(names, pool.map(lambda name: checksum(folder / name), names), strict=True))
 
 
-def own_checksum(manifest: Record) -> str:
+def own_checksum(manifest: Mapping[str, object]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(manifest).encode())
 
 
-def write_manifest(folder: Path, record: Record) -> None:
+def write_manifest(folder: Path, record: Record, progress: Progress, train_loss: float) -> None:
     """Declare a checkpoint complete.
 
     Args:
-        record: what it was made from, and how far training has come.
+        record: what it was made from.
+        progress: how far training has come.
+        train_loss: the mean over the steps of all starts of the run.
     """
     files = {str(f.relative_to(folder)): f.stat().st_size for f in sorted(folder.rglob("*")) if f.is_file()}
     for name in (MANIFEST, BEGUN):
         files.pop(name, None)
-    manifest = {**record, "files": files, "checksums": checksums(folder, files)}
+    manifest: Manifest = {
+        **record,
+        **progress,
+        "train_loss": train_loss,
+        "files": files,
+        "checksums": checksums(folder, files),
+    }
     with open(folder / BEGUN, "w", encoding="utf-8") as file:
         json.dump({**manifest, "checksum": own_checksum(manifest)}, file, indent=2)
         file.flush()
@@ -130,7 +178,7 @@ def write_manifest(folder: Path, record: Record) -> None:
     (folder / BEGUN).replace(folder / MANIFEST)
 
 
-def read_manifest(folder: Path) -> Record | None:
+def read_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a complete checkpoint; None for an incomplete one.
 
     Raises:
@@ -150,10 +198,10 @@ def read_manifest(folder: Path) -> Record | None:
         return None
     except (OSError, ValueError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error}") from error
-    return manifest
+    return cast(Manifest, manifest)
 
 
-def whole_manifest(folder: Path) -> Record:
+def whole_manifest(folder: Path) -> Manifest:
     """Return the manifest of a checkpoint that is known to be complete."""
     manifest = read_manifest(folder)
     assert manifest is not None, folder
@@ -172,7 +220,7 @@ def verify(folder: Path) -> str | None:
     return f"it is damaged: {', '.join(changed)} has changed since it was saved" if changed else None
 
 
-def complete_manifest(folder: Path) -> Record | None:
+def complete_manifest(folder: Path) -> Manifest | None:
     """Return the manifest of a checkpoint that is complete and has all files, as far as their sizes tell; else None."""
     try:
         return read_manifest(folder)
@@ -180,7 +228,7 @@ def complete_manifest(folder: Path) -> Record | None:
         return None
 
 
-def list_manifests(output_dir: Path) -> dict[Path, Record]:
+def list_manifests(output_dir: Path) -> dict[Path, Manifest]:
     """Return the manifests of the complete checkpoints, the least trained first."""
     manifests = ((path, complete_manifest(path)) for path in checkpoint_folders(output_dir))
     complete = ((path, manifest) for path, manifest in manifests if manifest is not None)
@@ -294,7 +342,7 @@ def check_resume(checkpoint: Path, record: Record, force: bool) -> bool:
     return not unfit
 
 
-def differences(before: Record, now: Record, names: Sequence[str]) -> list[str]:
+def differences(before: Mapping[str, object], now: Mapping[str, object], names: Sequence[str]) -> list[str]:
     """Return how values of two records differ, in words: also those of a group of keys, each by its own name."""
     lines = []
     for name in names:
@@ -306,7 +354,7 @@ def differences(before: Record, now: Record, names: Sequence[str]) -> list[str]:
     return lines
 
 
-def holds_weights(manifest: Record) -> bool:
+def holds_weights(manifest: Manifest) -> bool:
     return any(name.endswith(".safetensors") for name in manifest["files"])
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import matplotlib.style
 import numpy as np
@@ -83,7 +83,7 @@ def read_run(folder: Path, name: str) -> RunFolder:
     state = max(filter(None, [*states, nothing]), key=lambda state: state["global_step"])
     benchmarks = read_scored_rows(folder / ROWS_FILE)
     generations = [row.model_dump() for row in read_rows(folder / f"{TABLE}.jsonl", GENERATION)]
-    return RunFolder(name, record, state, benchmarks, generations, read_rewards(folder / REWARDS_FILE))
+    return RunFolder(name, cast(Record, record), state, benchmarks, generations, read_rewards(folder / REWARDS_FILE))
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

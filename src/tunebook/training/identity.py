@@ -1,12 +1,12 @@
 """What a run is made of, for its checkpoints: with other weights or other trained parameters it is another run."""
 
 from pathlib import Path
-from typing import Any
 
 import xxhash
 from transformers import PreTrainedConfig
 from transformers.training_args import OptimizerNames
 
+from ..checkpoints import Record
 from ..environment import launched_sharding
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig, SFTConfig
@@ -22,7 +22,7 @@ ADAPTER = (
 )
 
 
-def describe_run(recipe: Recipe, config: PreTrainedConfig) -> dict[str, Any]:
+def describe_run(recipe: Recipe, config: PreTrainedConfig) -> Record:
     """Return what a run is made of, as far as it is known before the rows are read.
 
     Args:

@@ -71,7 +71,7 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         self.args.logging_nan_inf_filter = False  # a loss that is not finite ends the run
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         shapes = [(name, *getattr(p, "ds_shape", p.shape)) for name, p in trained]  # ZeRO-3 leaves empty parameters
-        self.record = {**record, "parameters": xxhash.xxh3_64_hexdigest(str(shapes).encode())}
+        self.record: checkpoints.Record = {**record, "parameters": xxhash.xxh3_64_hexdigest(str(shapes).encode())}
 
     @property
     def shares_prefix(self) -> bool:
@@ -108,8 +108,8 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
                 shutil.copyfile(output_dir / CARD, output_dir / name / CARD)
             unlogged = self.accelerator.reduce(self._tr_loss, "mean").item()
             if self.args.should_save:
-                record = {**self.record, **self.progress(), "train_loss": self.mean_loss(unlogged)}
-                checkpoints.write_manifest(output_dir / name, record)
+                loss = self.mean_loss(unlogged)
+                checkpoints.write_manifest(output_dir / name, self.record, self.progress(), loss)
                 best, staging = self.state.best_model_checkpoint, self.callback_handler.callbacks
                 owing = {path for each in staging if isinstance(each, StagingCallback) for path in each.owing}
                 checkpoints.rotate(output_dir, self.save_total_limit, self.args.save_total_gb, best, owing)
@@ -153,7 +153,7 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         is_last = not self.args.load_best_model_at_end or self.state.best_global_step == self.state.global_step
         return self.evaluation if is_last and self.evaluated_step == self.state.global_step else self.evaluate()
 
-    def progress(self) -> dict[str, float]:
+    def progress(self) -> checkpoints.Progress:
         """Return how far training has come, for a manifest."""
         epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
         return {
@@ -209,8 +209,8 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         self.state.compute_steps(self.args, max_steps)
         self._find_best(Path(resume_from_checkpoint).parent)
         for name, value in self.order_settings().items():
-            if manifest[name] != value:
-                before, now = (str(x).lower() for x in (manifest[name], value))
+            if (other := manifest.get(name)) != value:
+                before, now = str(other).lower(), str(value).lower()
                 raise RecipeError(
                     f"{resume_from_checkpoint} was made with {name}: {before}, and its pairs balanced by tokens; with "
                     f"{now} they come in a different order. Set "
@@ -223,7 +223,7 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         return position
 
     def _resume_at_sample(
-        self, manifest: checkpoints.Record, resume_from_checkpoint: str, num_update_steps_per_epoch: int
+        self, manifest: checkpoints.Manifest, resume_from_checkpoint: str, num_update_steps_per_epoch: int
     ) -> tuple[int, int]:
         samples = manifest["samples_in_epoch"]
         steps, rest = divmod(samples, self.global_batch_size)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import datasets
 import transformers
@@ -53,7 +52,7 @@ class Run:
     data: Data
     checkpoint: Path | None  # to resume from
     loads_optimizer: bool  # and its optimizer's state, too
-    record: dict[str, Any]  # what the run is made of, for the checkpoints' manifests
+    record: checkpoints.Record  # what the run is made of, for the checkpoints' manifests
     prompts: Sequence[Prompt]  # of `eval_prompts`
 
 
@@ -95,18 +94,18 @@ def prepare(recipe: Recipe) -> Run:
     return Run(recipe, tokenizer, data, checkpoint, loads_optimizer, record, prompts)
 
 
-def describe_data(recipe: Recipe, data: Data) -> dict[str, Any]:
+def describe_data(recipe: Recipe, data: Data) -> checkpoints.Record:
     """Return what [`describe_run`] cannot know before the rows are read, and how the run came about."""
     return {
         "data": fingerprint(data.train),
-        "recipe": masked(recipe.given),
+        "recipe": {name: masked(value) for name, value in recipe.given.items()},
         "rows": {split: str(counts) for split, counts in data.counts.items()},
         "versions": {name: version(name) for name in VERSIONS},
         "resumed_from": [],
     }
 
 
-def write_record(recipe: Recipe, record: dict[str, Any], data: Data) -> None:
+def write_record(recipe: Recipe, record: checkpoints.Record, data: Data) -> None:
     """Write recipe, record and row counts to output_dir. A run that starts anew sets aside what an earlier one left."""
     output_dir = Path(recipe.training.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
