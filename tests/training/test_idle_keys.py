@@ -17,7 +17,7 @@ KEYS |= {"save_steps": 2, "per_device_train_batch_size": 3}
 UNSEEN = {
     "the launch": "average_tokens_across_devices ddp_find_unused_parameters ddp_broadcast_buffers ddp_static_graph "
     "ddp_timeout ddp_bucket_cap_mb save_on_each_node log_on_each_node full_determinism",
-    "a GPU": "fp16 dataloader_pin_memory auto_find_batch_size fp32_loss ref_offload",
+    "a GPU": "dataloader_pin_memory auto_find_batch_size fp32_loss ref_offload",
     "a resume": "ignore_data_skip force_resume",
     "the rows and the model": "completion_only_loss assistant_only_loss max_length trust_remote_code disable_dropout",
     "redundant": "do_eval disable_tqdm logging_first_step load_best_model_at_end eval_delay per_device_eval_batch_size "

@@ -285,6 +285,21 @@ def test_lora_trains_and_saves_the_adapter_only(tiny, sft_rows, tmp_path, extra)
     assert all(saved[name].any() for name in saved if "lora_B" in name)  # which start at 0
 
 
+def test_the_head_of_a_reward_model_of_4_bits_trains_without_autocast(tiny, pair_rows, tmp_path):
+    trainer = train("rm", tiny, pair_rows, tmp_path / "o", max_steps=1, use_peft=True, load_in_4bit=True)
+    [head] = [p for name, p in trainer.model.named_parameters() if "modules_to_save" in name and p.requires_grad]
+    assert head.dtype is torch.float32 and head.grad is None  # after a step
+    assert trainer.get_num_trainable_parameters() > head.numel()
+
+
+def test_a_compiled_model_trains_the_same(tiny, sft_rows, tmp_path):
+    plain, compiled = (
+        logged(train("sft", tiny, sft_rows, tmp_path / str(len(keys)), max_steps=2, **keys), "loss")
+        for keys in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
+    )
+    assert compiled == pytest.approx(plain, rel=1e-5)
+
+
 @pytest.mark.parametrize("spare", [0, 8])
 def test_a_new_token_is_trained_under_lora(spare, tmp_path):
     """Also where the embeddings have rows to spare for it."""

@@ -36,6 +36,7 @@ from ..data.files import read_files
 from ..data.layouts import Layout, template_columns
 from ..data.rendering import Renderer, RenderSettings
 from ..data.turns import Dropped, MessageMapping
+from ..errors import foreign, user_errors
 from ..files import append_rows
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RunConfig, ScriptArguments
@@ -221,6 +222,9 @@ class GenerationCallback(TrainerCallback):
         sweep(generation_kwargs)
         if unknown := set(generation_kwargs) - set(GenerationConfig().to_dict()):
             raise ValueError(f"`eval_generation_kwargs`: GenerationConfig has no {', '.join(sorted(unknown))}.")
+        with foreign("`eval_generation_kwargs`", "cannot be used"):
+            for one in sweep(generation_kwargs):
+                GenerationConfig().update(**generation_kwargs | one)
         for name in args.eval_metrics:
             import_object("eval_metrics", name)
 
@@ -262,7 +266,10 @@ class GenerationCallback(TrainerCallback):
         options: dict[str, Any] = {"batch_size": args.per_device_eval_batch_size, "stop_sequences": args.stop_sequences}
         options |= {"add_special_tokens": not self.has_special_tokens, **self.generation_kwargs, **swept}
         checkpointing = cast(dict[str, Any] | None, args.activation_checkpointing_kwargs)
-        with unwrap_model_for_generation(
-            trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
-        ) as model:
+        with (
+            unwrap_model_for_generation(
+                trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
+            ) as model,
+            user_errors(),
+        ):
             return generate(model, trainer.processing_class, texts, **options)

@@ -159,7 +159,7 @@ def pack_causal_lm(
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         if fused is None:
             with head_for(labels.device):
-                fused = fused_head_fits(self, backbone, own_forward, fused_forward)
+                fused = torch.compiler.disable(fused_head_fits)(self, backbone, own_forward, fused_forward)
             if not fused:
                 logger.info(OWN_HEAD, type(self).__name__, self.config.get_text_config().vocab_size)
         score = functools.partial(_score_fused, fused_forward) if fused else functools.partial(_score_own, own_forward)

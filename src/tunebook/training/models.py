@@ -52,6 +52,8 @@ def check_model(name: str, revision: str, trust_remote_code: bool, key: str = "m
     Raises:
         RecipeError: when its config.json cannot be found or read.
     """
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise RecipeError(f"`{key}` {brief(name)} is not a folder. Set it to one, or to a Hub id.")
     with foreign(f"`{key}` {brief(name)}"):
         if adapter := find_adapter(name, revision):
             name, revision = base_of(adapter)

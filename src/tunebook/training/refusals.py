@@ -89,6 +89,8 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
     refuse_adapter(recipe)
     if has_accelerator is None:
         has_accelerator = torch.accelerator.is_available()
+    if args.fp16 and not has_accelerator:
+        raise RecipeError("`fp16` needs a GPU: on a CPU it would train in float32. Remove the key.")
     if args.activation_offloading and not has_accelerator:
         raise RecipeError("`activation_offloading` moves activations off a GPU, and there is none. Remove the key.")
     if isinstance(args, DPOConfig) and args.ref_model_name_or_path is not None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 import xxhash
 from datasets import Dataset
@@ -23,7 +24,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 from .. import checkpoints
 from ..data.loading import process
 from ..data.rendering import RenderSettings
-from ..errors import RecipeError, plain
+from ..errors import RecipeError, plain, user_errors
 from ..files import write_yaml
 from ..following.staging import StagingCallback
 from ..packing.context_parallel import ContextParallelMixin
@@ -61,7 +62,15 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
     settings: Sequence[dict[str, Any]] = ()  # of each group of the optimizer, by the recipe
 
     def __init__(self, *args: object, record: checkpoints.Record, **kwargs: object):
-        super().__init__(*args, **kwargs)
+        with user_errors(ConnectionError, httpx2.HTTPError):  # `push_to_hub` makes the repository
+            super().__init__(*args, **kwargs)
+        if not self.args.bf16:
+            # PATCH(trl<1.17): over a quantized model TRL makes bf16 of all that is trained. LoRA's layers take inputs
+            # of any type; a whole module, such as a reward model's head, takes those of its own type only, unless
+            # autocast is on. Waits for trl/trainer/reward_trainer.py:552. Delete when TRL casts adapters only.
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad and ".modules_to_save." in name:
+                    parameter.data = parameter.data.float()
         # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
         # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
         # Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
