@@ -102,6 +102,11 @@ def fsdp_version() -> int:
     return int(os.environ.get("FSDP_VERSION", 1))
 
 
+def fsdp_state_dict_type() -> str:
+    default = "FULL_STATE_DICT" if fsdp_version() == 1 else "SHARDED_STATE_DICT"  # as accelerate has it
+    return os.environ.get("FSDP_STATE_DICT_TYPE", default)
+
+
 def offloads_fsdp() -> bool:
     return os.environ.get("FSDP_OFFLOAD_PARAMS") == "true"
 

@@ -1,12 +1,22 @@
 """FSDP2 trains what DDP trains: two processes (gloo) without a GPU, all runs in one launch (tests/fsdp_runs.py)."""
 
 import json
+import math
 
 import pytest
 import torch
 from conftest import build_model, launch, read_cases, save_model, short_recipe
 from safetensors.torch import load_file
-from transformers import OPTConfig, Qwen3MoeConfig
+from transformers import AutoConfig, OPTConfig, Qwen3MoeConfig
+
+import tunebook.recipe.configs
+from tunebook.checkpoints import holds_weights, whole_manifest
+from tunebook.environment import Sharding
+from tunebook.errors import RecipeError
+from tunebook.recipe import parse
+from tunebook.tools.check import plan_disk
+from tunebook.tools.workload import Batch, Workload
+from tunebook.training import prepare
 
 pytestmark = pytest.mark.slow
 CASES = read_cases("end_to_end/fsdp.yaml")
@@ -53,6 +63,11 @@ def log_of(folder) -> list[dict[str, float]]:
     return [{k: v for k, v in entry.items() if not any(part in k for part in NOT_COMPARED)} for entry in log]
 
 
+def generated(folder) -> list[str]:
+    path = folder / "generations.jsonl"
+    return [json.loads(line)["output"] for line in path.read_text().splitlines()] if path.exists() else []
+
+
 def tolerance(name: str, half: bool) -> dict[str, float]:
     """In bf16 a model's numbers differ, but neither losses nor log-probabilities are rounded to it."""
     if not half:
@@ -66,8 +81,12 @@ def test_fsdp2_logs_and_saves_what_ddp_does(name, runs):
     folder, like = runs / "fsdp" / name, runs / "ddp" / case.get("like", name)
     found = facts(folder)
     assert found["type"] == "FSDP" and found["sharded"] and facts(like)["type"] == "MULTI_CPU"
+    assert found["whole_gradients"] == 0 and found["reference_units"] in (None, found["units"])
     half = case["keys"].get("bf16", False)
-    for entry, expected in zip(log_of(folder), log_of(like), strict=True):
+    log = log_of(folder)
+    if case["task"] == "dpo" and "ref_model_name_or_path" not in case["keys"] and case.get("model") != "moe":
+        assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the model is its own reference
+    for entry, expected in zip(log, log_of(like), strict=True):
         assert entry.keys() == expected.keys()
         for metric, value in expected.items():
             if not (half and "accurac" in metric):  # of a few tokens or pairs, of which one may turn
@@ -75,5 +94,38 @@ def test_fsdp2_logs_and_saves_what_ddp_does(name, runs):
     weights, expected = (load_file(next(f.glob("*.safetensors"))) for f in (folder, like))
     assert weights.keys() == expected.keys()
     atol = KEYS["max_steps"] * 2e-3 if half or case["keys"].get("optim") == "muon" else 1e-5
+    assert generated(folder) == generated(like)
     for key, value in weights.items():
         torch.testing.assert_close(value, expected[key], rtol=0, atol=atol, msg=key)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize("engine", ["fsdp", "ddp"])
+def test_a_checkpoint_is_refused_under_another_engine(engine, force, runs, sft_rows, tmp_path, monkeypatch):
+    if engine == "ddp":
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+        monkeypatch.setenv("FSDP_STATE_DICT_TYPE", "FULL_STATE_DICT")
+        monkeypatch.setattr(tunebook.recipe.configs, "check_fsdp_device", lambda: None)
+    keys = {"resume_from_checkpoint": str(runs / engine / "sft best" / "checkpoint-2"), "force_resume": force}
+    recipe = parse("sft", short_recipe(runs / "tiny", sft_rows, tmp_path, **keys))
+    with pytest.raises(
+        RecipeError, match="cannot be loaded in this launch" if force else "engine: .* -> .*force_resume"
+    ):
+        prepare(recipe)
+
+
+def test_weights_that_no_trainer_loads_under_fsdp_are_refused(runs):
+    checkpoint = runs / "fsdp" / "sft best" / "checkpoint-2"
+    manifest = whole_manifest(checkpoint)
+    assert holds_weights(manifest, "fsdp")
+    manifest["files"].pop("pytorch_model_fsdp.bin")  # as save_only_model leaves it
+    assert not holds_weights(manifest, "fsdp")
+
+
+def test_check_counts_the_weights_that_a_checkpoint_of_fsdp_holds_twice(runs, sft_rows, tmp_path):
+    recipe = parse("sft", short_recipe(runs / "tiny", sft_rows, tmp_path, save_strategy="steps", save_steps=3))
+    config = AutoConfig.from_pretrained(runs / "tiny")
+    workload = Workload.from_recipe(recipe, config, Batch(1, 8), Sharding("fsdp", 2, 3), "cpu", False)
+    files = (runs / "fsdp" / "sft best" / "checkpoint-2").iterdir()
+    saved = sum(path.stat().st_size for path in files if path.suffix in (".bin", ".safetensors"))
+    assert plan_disk(recipe, workload, 3).checkpoint == pytest.approx(saved, rel=0.1)

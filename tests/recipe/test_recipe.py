@@ -255,6 +255,26 @@ def test_fsdp_on_a_cpu_is_refused_by_name(monkeypatch):
         parse("sft", BASE)
 
 
+@pytest.mark.parametrize(
+    "variables, keys, message",
+    [
+        (
+            {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"},
+            {},
+            "fsdp_state_dict_type: SHARDED_STATE_DICT no model is saved",
+        ),
+        ({}, {}, "fsdp_state_dict_type: SHARDED_STATE_DICT no model is saved"),  # FSDP2's default
+        ({"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}, {"optim": "adafactor"}, "optim: adafactor"),
+    ],
+)
+def test_what_fsdp2_cannot_train_or_save_is_refused(variables, keys, message, monkeypatch):
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("tunebook.recipe.configs.check_fsdp_device", lambda: None)
+    with pytest.raises(RecipeError, match=message):
+        parse("sft", BASE | keys)
+
+
 def test_help_lists_our_keys_apart(capsys):
     with pytest.raises(SystemExit) as end:
         parser.parse_command_line("dpo", ["--help"])

@@ -235,7 +235,7 @@ def _balance(
     if counted is not None:
         gather = nn.Identity() if layout.context is None else layout.context.gather
         router_logits = tuple(gather(logits)[counted] for logits in router_logits)
-    return balancing_loss(model, router_logits, row["attention_mask"])
+    return balancing_loss(model, router_logits, row.get("attention_mask"))
 
 
 @dataclass

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import trl
+from accelerate.utils.fsdp_utils import disable_fsdp_ram_efficient_loading
 from annotated_types import Interval
 from transformers import get_scheduler
 from trl.scripts.utils import DatasetConfig as TRLDatasetConfig
 from trl.scripts.utils import ScriptArguments as TRLScriptArguments
 
 from ..environment import uses_fsdp, uses_parallelism_config
-from .rules import check_muon
+from .rules import check_fsdp, check_fsdp_device, check_muon
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
@@ -204,9 +205,9 @@ class RunConfig(TrainingArguments):
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         if self.use_cpu and not has_fast_bf16():
             self.bf16 = bool(self.bf16)
-        if uses_fsdp() and not torch.accelerator.is_available():
-            # accelerate 1.15 (state.py, line 220) lists GPU types only and silently gives DDP elsewhere
-            raise ValueError("FSDP needs a GPU. On a CPU accelerate would run DDP: launch with ddp.yaml or zero3.yaml.")
+        if uses_fsdp():
+            check_fsdp_device()
+            disable_fsdp_ram_efficient_loading()  # saves nothing, and fails on tied weights under PEFT
         # PATCH(transformers<5.25): `optim` is one of a fixed list, so another stands there while transformers checks
         # it. Waits for https://github.com/huggingface/transformers/issues/39537. Delete when muon is in the list.
         muon = self.optim == "muon"
@@ -216,6 +217,8 @@ class RunConfig(TrainingArguments):
         if muon:
             self.optim = "muon"
             check_muon(self)
+        if uses_fsdp():
+            check_fsdp(self)
         if self.context_parallel_size > 1 and (uses_parallelism_config() or self.parallelism_config is not None):
             raise ValueError(
                 "`context_parallel_size` takes the place of accelerate's parallelism_config (cp_size, tp_size, ...), "

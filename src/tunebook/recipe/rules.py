@@ -7,13 +7,14 @@ from inspect import Parameter, signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from annotated_types import Interval
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 from transformers.trainer_utils import SchedulerType
 
-from ..environment import fsdp_version, launched_sharding, offloads_fsdp, uses_fsdp
+from ..environment import fsdp_state_dict_type, fsdp_version, launched_sharding, offloads_fsdp, uses_fsdp
 from ..errors import brief, plain
 from ..files import read_yaml
 from .needs import Values, holds, is_benchmark
@@ -139,6 +140,30 @@ def mixture_contradictions(v: Values) -> Iterator[str]:
         yield "`datasets`: the probabilities do not add up to 1. Change one."
     if v["mixture_stopping"] != "first_exhausted" and not mixed:
         yield "`mixture_stopping` has no effect here. It needs a probability for every entry of `datasets`."
+
+
+def check_fsdp_device() -> None:
+    """Refuse FSDP without an accelerator.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not torch.accelerator.is_available():
+        # accelerate 1.15 (state.py, line 220) lists GPU types only and silently gives DDP elsewhere
+        raise ValueError("FSDP needs a GPU. On a CPU accelerate would run DDP: launch with ddp.yaml or zero3.yaml.")
+
+
+def check_fsdp(args: "TrainingArguments") -> None:
+    """Refuse what FSDP cannot save or train.
+
+    Raises:
+        ValueError: for a state dict in shards, which the Trainer saves no model from, and an optimizer that cannot take
+            sharded parameters.
+    """
+    if (kind := fsdp_state_dict_type()) != "FULL_STATE_DICT":
+        raise ValueError(f"Under fsdp_state_dict_type: {kind} no model is saved. Set FULL_STATE_DICT in its place.")
+    if fsdp_version() == 2 and args.optim == "adafactor":
+        raise ValueError("`optim: adafactor` cannot train the shards of FSDP2. Launch with zero3.yaml, or set another.")
 
 
 def check_muon(args: "TrainingArguments") -> None:

@@ -151,7 +151,11 @@ def plan_disk(recipe: Recipe, workload: Workload, steps: int) -> Disk:
     """Plan the checkpoints and the model. What is pushed to the Hub is linked, and takes nothing more."""
     args, count_parameters = recipe.training, workload.model.num_parameters
     model = workload.stored_size * count_parameters(only_trainable=recipe.model.use_peft)
-    checkpoint = model + (0 if args.save_only_model else workload.state_size * count_parameters(only_trainable=True))
+    # FSDP keeps the weights once more, for the run to resume from
+    copies = 2 if workload.sharding.engine == "fsdp" and not args.save_only_model else 1
+    checkpoint = copies * model + (
+        0 if args.save_only_model else workload.state_size * count_parameters(only_trainable=True)
+    )
     strategy = SaveStrategy(args.save_strategy).value
     every = {"steps": args.save_steps, "epoch": steps / args.num_train_epochs}.get(strategy, math.inf)
     count = math.ceil(steps / (math.ceil(every * steps) if every < 1 else every))

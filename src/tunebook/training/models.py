@@ -30,6 +30,7 @@ from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
 from ..data.tokenizer import end_of_turn_ids
+from ..environment import uses_fsdp
 from ..errors import RecipeError, brief, foreign
 from ..packing.heads import find_backbone, has_routers
 from ..recipe import Recipe
@@ -181,12 +182,13 @@ def load_model(
 
 def load_reference(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     """Return DPO's reference: another model if the recipe names one, else the model before training; None where that is
-    the model with its adapter off, or its log-probs are computed beforehand (`precompute_ref_log_probs`)."""
+    the model with its adapter off, or its log-probs are computed beforehand (`precompute_ref_log_probs`) by the model
+    that will train. Under FSDP that is not sharded yet, and TRL would load a reference without the recipe's keys."""
     args, name, revision = recipe.training, recipe.model.model_name_or_path, recipe.model.model_revision
     assert isinstance(args, DPOConfig)
     if args.ref_model_name_or_path is not None:
         name, revision = args.ref_model_name_or_path, args.ref_model_revision or revision
-    elif recipe.model.use_peft or args.precompute_ref_log_probs:
+    elif recipe.model.use_peft or (args.precompute_ref_log_probs and not uses_fsdp()):
         return None
     model = read_model(AutoModelForCausalLM, recipe, name, revision)
     fit_tokenizer(model, tokenizer)

@@ -37,6 +37,7 @@ from .models import rename_head
 from .objectives import DPOObjective, reward_loss
 from .progress import ThroughputMixin
 from .resume import RunMixin
+from .sharded import settle_trained, sharding_by_layer
 
 logger = logging.getLogger(__name__)
 
@@ -302,8 +303,11 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
 
     def __init__(self, *, args: DPOConfig, record: Record, ref_model: PreTrainedModel | None = None, **kwargs: object):
         self.reference_passes = int(not args.precompute_ref_log_probs)
-        with user_errors(), overridden(args, model_init_kwargs=None), offloaded_parameters(args):
+        settled = overridden(args, model_init_kwargs=None)
+        with user_errors(), settled, offloaded_parameters(args), sharding_by_layer():
             super().__init__(args=args, ref_model=ref_model, record=record, **kwargs)
+        if args.precompute_ref_log_probs and args.ref_model_name_or_path is None:
+            self.ref_model = None
         self._patch_forwards()
         self.settle_objective()
 
@@ -317,7 +321,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         """Patch both models, once TRL has put its fused head on them; its constructor may already run the reference."""
         if not self.patched:
             self.patched = True
-            for model in filter(None, (self.model, self.ref_model)):
+            for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
                 with user_errors():
                     unwrapped = self.accelerator.unwrap_model(model)
                     if self.args.disable_dropout:
@@ -325,10 +329,12 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
                     pack_causal_lm(unwrapped, self.args.packing, self.shares_prefix, self.context)
 
     def _precompute_ref_logps(self, *args: object) -> Dataset:
-        # PATCH(trl<1.17): TRL caches reference log-probs by data set and model only, although they also depend on
-        # `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when it is in the hash.
+        # PATCH(trl<1.17): TRL caches reference log-probs by data set and weights only, although they also depend on
+        # the model's config and `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when they are hashed.
         self._patch_forwards()
-        with overridden(self, _precompute_model_hash=(self._precompute_model_hash, self.args.ld_alpha)):
+        model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
+        known_by = (self._precompute_model_hash, self.args.ld_alpha, model.config.to_json_string())
+        with overridden(self, _precompute_model_hash=known_by):
             return super()._precompute_ref_logps(*args)  # type: ignore[arg-type]
 
     @contextmanager
@@ -338,7 +344,8 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         sharding = launched_sharding(self.args)
         offloads_itself = sharding.is_zero3 or (sharding.engine == "fsdp" and sharding.offload_weights)
         if not self.args.ref_offload or offloads_itself or self.ref_model is None:
-            yield self.ref_model or self.model
+            settle_trained(self.model)
+            yield self.model if self.ref_model is None else self.ref_model
             return
         reference = self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
         yield self.ref_model
