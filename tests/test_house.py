@@ -88,9 +88,9 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 def run_installed(installed: Path, folder: Path, *command: str) -> str:
-    """Runs a command of the installed wheel in a folder; returns what it printed."""
+    """Runs `python COMMAND` in a folder, where the wheel is installed; returns what it printed."""
     env = {"PATH": f"{installed}:/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["python", *command], cwd=folder, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -113,9 +113,9 @@ from tunebook.tools.check import read_sharding
 print(tunebook.__file__, find_benchmark("gsm8k"), shipped("launch/train.slurm").exists(), read_sharding("zero3", 8))
 print(parse("dpo", read_recipe("recipes/quickstart/dpo.yaml"), {"bf16": False}).script.dataset_name)
 """
-    said = run_installed(installed, tmp_path, "python", "-c", code)
+    said = run_installed(installed, tmp_path, "-c", code)
     assert str(ROOT) not in said and "stage=3" in said and "data/quickstart/preferences_train.jsonl" in said
-    assert "check" in run_installed(installed, tmp_path, "tunebook", "--help")
+    assert "check" in run_installed(installed, tmp_path, str(installed / "tunebook"), "--help")
     assert not any(tmp_path.glob("[!.]*"))
 
 
@@ -123,6 +123,5 @@ print(parse("dpo", read_recipe("recipes/quickstart/dpo.yaml"), {"bf16": False}).
 def test_the_installed_wheel_trains_a_shipped_recipe_on_shipped_rows(installed, tiny, tmp_path):
     recipe = short_recipe(tiny, "data/quickstart/sft_train.jsonl", tmp_path / "o", max_steps=2)
     keys = [part for name, value in recipe.items() if name != "dataset_name" for part in (f"--{name}", str(value))]
-    command = ["python", "-m", "tunebook.scripts.sft", "--config", "recipes/quickstart/sft.yaml", *keys]
-    run_installed(installed, tmp_path, *command)
+    run_installed(installed, tmp_path, str(installed / "tunebook"), "sft", "recipes/quickstart/sft.yaml", *keys)
     assert (tmp_path / "o" / "model.safetensors").exists()

@@ -278,7 +278,7 @@ def test_every_accelerate_config_is_understood():
     for name, values in expected.items():
         assert read_sharding(name, None) == Sharding(*values)
     assert read_sharding("zero2", 2).processes == 2
-    with pytest.raises(RecipeError, match="no such file"):
+    with pytest.raises(RecipeError, match="no accelerate config zero4"):
         read_sharding("zero4", None)
 
 

@@ -292,9 +292,9 @@ def test_the_head_of_a_reward_model_of_4_bits_trains_without_autocast(tiny, pair
     assert trainer.get_num_trainable_parameters() > head.numel()
 
 
-def test_a_compiled_model_trains_the_same(tiny, sft_rows, tmp_path):
+def test_a_compiled_model_trains_the_same(tiny, pair_rows, tmp_path):
     plain, compiled = (
-        logged(train("sft", tiny, sft_rows, tmp_path / str(len(keys)), max_steps=2, **keys), "loss")
+        logged(train("dpo", tiny, pair_rows, tmp_path / str(len(keys)), max_steps=2, **keys), "loss")
         for keys in ({}, {"torch_compile": True, "torch_compile_backend": "eager"})
     )
     assert compiled == pytest.approx(plain, rel=1e-5)

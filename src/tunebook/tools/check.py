@@ -24,7 +24,7 @@ from ..data.loading import NothingToTrain, load_recipe_data, trains_throughout
 from ..data.tokenizer import CHATML, end_of_turn_ids
 from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded, zero_sharding
 from ..errors import RecipeError, user_errors
-from ..files import read_yaml, shipped, terminal
+from ..files import read_yaml, terminal
 from ..following import validate_callbacks
 from ..following.pairs import count_wins
 from ..recipe import Recipe
@@ -32,6 +32,7 @@ from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
 from ..training.refusals import refuse, refuse_few_rows
 from ..training.run import set_up_logging
+from .launch import find_config
 from .lengths import form_batches, measure_rows
 from .memory import estimate
 from .score import load_scorer, score_ids
@@ -71,10 +72,7 @@ def read_sharding(config: str | None, processes: int | None) -> Sharding:
     """
     if config is None:
         return unsharded(processes or 1)
-    named = Path("configs/accelerate") / f"{config}.yaml"
-    path = next((p for p in (Path(config), shipped(named)) if p.is_file()), None)
-    if path is None:
-        raise RecipeError(f"--accelerate-config {config}: no such file, nor {named}.")
+    path = find_config(config)
     values = read_yaml(path.read_text(encoding="utf-8"), str(path))
     count = processes or values.get("num_processes", 1)
     if deepspeed := values.get("deepspeed_config"):

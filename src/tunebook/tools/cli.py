@@ -1,4 +1,4 @@
-"""Check, preview, migrate, merge, score, push, benchmark and report: what belongs to a run but is not training."""
+"""Train: sft, rm, dpo. Before: recipes, migrate, preview, check. After: merge, score, benchmark, push, report."""
 
 import logging
 from functools import partial
@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from ..errors import RecipeError, exit_on_error, user_errors
-from ..files import check_output
+from ..files import check_output, shipped
 
 if TYPE_CHECKING:  # the recipe room loads torch, which `tunebook --help` need not wait for
     from ..recipe import Recipe
@@ -30,7 +30,7 @@ class Commands(TyperGroup):
             return super().invoke(ctx)
 
 
-app = typer.Typer(cls=Commands, help=__doc__, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False)
 
 
 def parse_recipe(path: Path, task: str | None, words: list[str]) -> "Recipe":
@@ -41,6 +41,65 @@ def parse_recipe(path: Path, task: str | None, words: list[str]) -> "Recipe":
     if config is not None:
         raise RecipeError(f"--config {config}: the recipe is the first argument, {path}.")
     return parse(find_task(path, task), read_recipe(path), overrides)
+
+
+def show_version(value: bool) -> None:
+    if value:
+        from importlib.metadata import version
+
+        typer.echo(version("tunebook"))
+        raise typer.Exit
+
+
+@app.callback(help=__doc__)
+def _options(
+    version: Annotated[bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show it.")] = False,
+) -> None:
+    pass
+
+
+def train(
+    context: typer.Context,
+    recipe: RecipePath,
+    accelerate: Annotated[str | None, typer.Option(help="File, or name in configs/accelerate.")] = None,
+    num_processes: Annotated[int | None, typer.Option(min=1, help="Processes on each node. Default: all GPUs.")] = None,
+) -> None:
+    from .launch import launch
+
+    words = ["--config", str(shipped(recipe)), *context.args]
+    raise typer.Exit(launch(str(context.info_name), words, accelerate, num_processes))
+
+
+for task in ("sft", "rm", "dpo"):
+    help_text = f"Train: accelerate launch src/{task}.py --config RECIPE, on all devices of this machine."
+    app.command(task, context_settings=OVERRIDES, help=help_text)(train)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="Recipe to copy, such as qwen3-1.7b/sft/full.yaml.")] = None,
+    out: Annotated[Path | None, typer.Argument(help="File to write. It must not exist. Default: shown here.")] = None,
+) -> None:
+    """List the recipes that are shipped, with their hardware; show or copy one."""
+    folder = shipped("recipes")
+    if name is None:
+        for path in sorted(folder.rglob("*.yaml")):
+            hardware = path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# Hardware: ")
+            typer.echo(f"{path.relative_to(folder).as_posix():32} {hardware}")
+        return
+    source = folder / name.removeprefix("recipes/")
+    if not source.is_file():
+        raise RecipeError(f"There is no recipe {name}. `tunebook recipes` lists them.")
+    if out is None:
+        typer.echo(source.read_text(encoding="utf-8"), nl=False)
+        return
+    if out.exists():
+        raise RecipeError(f"{out} exists already. Name a new file.")
+    check_output(out, "OUT")
+    with user_errors(OSError):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    typer.echo(f"The recipe is in {out}.")
 
 
 @app.command()

@@ -1,0 +1,118 @@
+"""Launch a task's script with accelerate: on all that this machine has, or as one of several nodes."""
+
+import logging
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate.commands.launch import launch_command, launch_command_parser
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+from ..errors import Interrupted, RecipeError
+from ..files import read_yaml, shipped
+
+logger = logging.getLogger(__name__)
+
+CONFIGS = Path("configs/accelerate")
+
+
+def find_config(name: str) -> Path:
+    """Return an accelerate config: a file, or a name in configs/accelerate.
+
+    Raises:
+        RecipeError: when there is no such file.
+    """
+    named = CONFIGS / f"{name}.yaml"
+    path = next((path for path in (Path(name), shipped(named)) if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(file.stem for file in shipped(CONFIGS).glob("*.yaml")))
+        raise RecipeError(f"There is no accelerate config {name}. Name a file, or one of {known}.")
+    return path
+
+
+def choose_config(devices: int) -> str:
+    """Return the name of the config that uses all devices of this machine."""
+    return "cpu" if devices == 0 else "single" if devices == 1 else "ddp"
+
+
+def node_flags(variables: Mapping[str, str], processes: int) -> dict[str, object]:
+    """Return the launcher's flags for this node, from the variables of torchrun's users or of a Slurm job step.
+
+    Args:
+        processes: on each node.
+
+    Raises:
+        RecipeError: there are several nodes, and it is not known where they meet.
+    """
+    nodes, rank, port = (
+        next((int(variables[name]) for name in names if name in variables), default)
+        for names, default in (
+            (("NNODES", "SLURM_STEP_NUM_NODES"), 1),
+            (("NODE_RANK", "SLURM_NODEID"), 0),
+            (("MASTER_PORT",), 20000 + int(variables.get("SLURM_JOB_ID", 9500)) % 10000),
+        )
+    )
+    if nodes == 1:
+        return {"num_processes": processes}
+    address = variables.get("MASTER_ADDR")
+    if address is None and (hosts := variables.get("SLURM_STEP_NODELIST")) is not None:
+        shown = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+        address = shown.stdout.split()[0]
+    if address is None:
+        raise RecipeError(f"NNODES is {nodes}, and MASTER_ADDR is not set. Set it to the host name of the first node.")
+    flags = {"num_machines": nodes, "machine_rank": rank, "main_process_ip": address, "main_process_port": port}
+    return {"num_processes": processes * nodes, **flags}
+
+
+def launch(task: str, words: Sequence[str], config: str | None, processes: int | None) -> int:
+    """Launch a task's script; return its exit code. The script has said what was wrong, so the launcher does not.
+
+    Args:
+        words: the recipe and its overrides, as the script takes them.
+        config: file or name of an accelerate config. Default: what uses all devices of this machine.
+        processes: on each node. Default: one for each device; for a config of a CPU, one.
+
+    Raises:
+        RecipeError: for a config that does not exist, or nodes that cannot meet.
+    """
+    devices = torch.cuda.device_count()
+    path = find_config(config or choose_config(devices))
+    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
+    if values.get("distributed_type") == "NO":
+        flags: dict[str, object] = {"num_processes": 1}
+    else:
+        flags = node_flags(os.environ, processes or devices or 1)
+    if devices == 0:
+        cores = max(1, (os.cpu_count() or 1) // (processes or 1))
+        flags["num_cpu_threads_per_process"] = os.environ.get("OMP_NUM_THREADS", cores)
+    arguments = [f"--{name}={value}" for name, value in ({"config_file": path} | flags).items()]
+    logger.info("accelerate launch %s -m tunebook.scripts.%s %s", " ".join(arguments), task, " ".join(words))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        launch_command(launch_command_parser().parse_args([*arguments, "-m", f"tunebook.scripts.{task}", *words]))
+    except subprocess.CalledProcessError as error:
+        code = error.returncode
+    except SignalException as error:  # of a launcher of several processes, which has ended them
+        code = -error.sigval
+    except ChildFailedError as error:
+        code = error.get_first_failure()[1].exitcode
+    except Interrupted as error:
+        children = psutil.Process().children()
+        if error.number == signal.SIGTERM:  # Ctrl-C reaches them from the terminal
+            for child in children:
+                child.terminate()
+        psutil.wait_procs(children)
+        code = -error.number
+    else:
+        return 0
+    if code > 0:
+        return code
+    if -code not in (signal.SIGINT, signal.SIGTERM):
+        hint = " It may have used up the memory of the host." if -code == signal.SIGKILL else ""
+        logger.error("A training process was ended by %s.%s", signal.Signals(-code).name, hint)
+    return 128 - code
