@@ -56,7 +56,7 @@ def span_tokens(batch: BatchEncoding, row: int, start: int, end: int) -> tuple[i
     return first, last + 1
 
 
-def finish_sft(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, Any]:
+def finish_sft(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, object]:
     [(ids, spans)] = texts
     labels = [-100] * len(ids)
     for start, end in spans:
@@ -71,7 +71,7 @@ def finish_sft(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, A
     return {"input_ids": ids, "labels": labels, "outcome": outcome}
 
 
-def finish_rm(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, Any]:
+def finish_rm(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, object]:
     (chosen, _), (rejected, _) = texts
     outcome = KEPT
     if chosen == rejected:
@@ -81,7 +81,7 @@ def finish_rm(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, An
     return {"chosen_ids": chosen, "rejected_ids": rejected, "outcome": outcome}
 
 
-def finish_dpo(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, Any]:
+def finish_dpo(texts: Sequence[Tokens], settings: RenderSettings) -> dict[str, object]:
     (chosen, [(chosen_start, _)]), (rejected, [(rejected_start, _)]) = texts
     prompt = min(chosen_start, rejected_start)
     while chosen[:prompt] != rejected[:prompt]:  # where letters of the prompt and the answers share a token
@@ -118,7 +118,7 @@ def process_batch(batch: Mapping[str, list[Any]], renderer: Renderer) -> dict[st
     result, rendered = [], []
     for values in zip(*batch.values(), strict=True):
         row = dict(zip(batch, values, strict=True))
-        out: dict[str, Any] = {name: [] if name in TOKEN_COLUMNS[settings.task] else None for name in columns}
+        out: dict[str, object] = {name: [] if name in TOKEN_COLUMNS[settings.task] else None for name in columns}
         try:
             if "subset" in columns:
                 out["subset"] = str(row[settings.layout.columns["subset"]])

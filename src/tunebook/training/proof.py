@@ -8,9 +8,8 @@ import logging
 import re
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +143,7 @@ def measure(
     return torch.stack([_size(x, half).to(tokens.device) for x in (*differences, early)])
 
 
-def sliding_window(config: dict[str, Any]) -> int | None:
+def sliding_window(config: Mapping[str, object]) -> int | None:
     """Return the tokens of a model's sliding window, or chunk, by any name; None where it has none."""
     sizes = [value for key, value in config.items() if WINDOW.fullmatch(key) and isinstance(value, int) and value > 0]
     return max(sizes, default=None)
@@ -161,10 +160,10 @@ def first_tokens(dataset: Dataset, count: int, pad: int) -> list[int]:
     return (tokens * count)[:count]
 
 
-def _batch(documents: Sequence[torch.Tensor], pad: int) -> dict[str, Any]:
+def _batch(documents: Sequence[torch.Tensor], pad: int) -> dict[str, torch.Tensor]:
     mask = pad_sequence([torch.ones_like(document) for document in documents], batch_first=True)
     ids = pad_sequence(list(documents), batch_first=True, padding_value=pad)
-    return {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    return {"input_ids": ids, "attention_mask": mask}
 
 
 def forward_log_probs(model: nn.Module, documents: Sequence[torch.Tensor], pad: int, own: bool) -> list[torch.Tensor]:
@@ -173,16 +172,20 @@ def forward_log_probs(model: nn.Module, documents: Sequence[torch.Tensor], pad: 
     batch = _batch(documents, pad)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     if own:
-        logits = model(**batch).logits[:, -labels.shape[1] :][:, :-1]  # PEFT's virtual tokens come first
+        logits = model(**batch, use_cache=False).logits[:, -labels.shape[1] :][
+            :, :-1
+        ]  # PEFT's virtual tokens come first
         log_probs = -F.cross_entropy(logits.float().transpose(1, 2), labels[:, 1:].to(logits.device), reduction="none")
     else:
-        log_probs = model(**batch, labels=labels, fused_lm_head=True).log_probs[:, 1 - labels.shape[1] :]
+        log_probs = model(**batch, use_cache=False, labels=labels, fused_lm_head=True).log_probs[
+            :, 1 - labels.shape[1] :
+        ]
     return [row[: len(document) - 1] for row, document in zip(log_probs, documents, strict=True)]
 
 
 def forward_rewards(model: nn.Module, documents: Sequence[torch.Tensor], pad: int, own: bool) -> list[torch.Tensor]:
     """Return the reward of each document, by the model's own forward or by the one that trains."""
-    return list(model(**_batch(documents, pad), own_forward=own).logits.float())
+    return list(model(**_batch(documents, pad), use_cache=False, own_forward=own).logits.float())
 
 
 def _size(differences: list[torch.Tensor], half: bool) -> torch.Tensor:
