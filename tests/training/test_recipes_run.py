@@ -14,6 +14,8 @@ from peft import AutoPeftModelForCausalLM, AutoPeftModelForSequenceClassificatio
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    Gemma3TextConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
     MixtralConfig,
     Qwen3Config,
@@ -30,6 +32,17 @@ ARCHITECTURES = {  # folder of recipes -> the model's config, what is particular
     "smollm2-135m": (LlamaConfig, {"tie_word_embeddings": True}, TEMPLATE),
     "llama-3-8b": (LlamaConfig, {}, TEMPLATE),
     "mixtral-8x7b": (MixtralConfig, {"num_local_experts": 8, "num_experts_per_tok": 2}, None),
+    "gemma-3-1b": (Gemma3TextConfig, {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}, TEMPLATE),
+    "granite-4.0-micro": (
+        GraniteMoeHybridConfig,
+        {
+            "layer_types": ["attention", "attention"],
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+            "mamba_n_heads": 4,
+        },
+        TEMPLATE,
+    ),
     "qwen3-1.7b": (Qwen3Config, {"head_dim": 16, "tie_word_embeddings": True}, QWEN3.read_text()),
 }
 
