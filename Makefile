@@ -59,6 +59,7 @@ upstream:  ## run the suite with the newest releases of TRL, transformers and th
 	.venv-upstream/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder -W default::FutureWarning
 
 perf: install  ## compare the speed with TRL's own scripts
+	$(BIN)/python -m pytest -m perf
 	$(BIN)/python perf/compare.py
 
 campaign: install  ## try what survives what: kills, full disks, damaged files, a failing Hub (less than an hour)

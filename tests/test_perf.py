@@ -80,7 +80,7 @@ def test_the_page_shows_the_committed_results():
     assert compare.write_tables(page, "results", compare.sheets) == page
 
 
-@pytest.mark.slow
+@pytest.mark.perf
 def test_both_sides_train_the_same_rows(quick):
     """Each side of a pair has the prompt and ends with EOS; the steps are those that are timed."""
     record = quick["cases"]["dpo-shared-prompts"]
@@ -100,7 +100,7 @@ def test_packed_rows_of_sft_fill_an_epoch_of_the_given_steps(steps, tmp_path):
     assert len(pack_dataset(Dataset.from_dict({"input_ids": tokens}), length, "bfd")) == steps
 
 
-@pytest.mark.slow
+@pytest.mark.perf
 def test_the_ratios_are_those_of_the_raw_numbers(quick):
     runs, rates = quick["cases"]["dpo-shared-prompts"]["runs"], {}
     for side in (TRL, TUNEBOOK):
