@@ -285,10 +285,12 @@ def test_lora_trains_and_saves_the_adapter_only(tiny, sft_rows, tmp_path, extra)
     assert all(saved[name].any() for name in saved if "lora_B" in name)  # which start at 0
 
 
-def test_the_head_of_a_reward_model_of_4_bits_trains_without_autocast(tiny, pair_rows, tmp_path):
-    trainer = train("rm", tiny, pair_rows, tmp_path / "o", max_steps=1, use_peft=True, load_in_4bit=True)
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}, {}], ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_head_of_a_reward_model_with_lora_has_the_dtype_of_its_inputs(bits, dtype, tiny, pair_rows, tmp_path):
+    trainer = train("rm", tiny, pair_rows, tmp_path / "o", max_steps=1, use_peft=True, dtype=dtype, **bits)
     [head] = [p for name, p in trainer.model.named_parameters() if "modules_to_save" in name and p.requires_grad]
-    assert head.dtype is torch.float32 and head.grad is None  # after a step
+    assert str(head.dtype) == f"torch.{dtype}" and head.grad is None  # after a step
     assert trainer.get_num_trainable_parameters() > head.numel()
 
 

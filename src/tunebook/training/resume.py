@@ -70,7 +70,7 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
             # autocast is on. Waits for trl/trainer/reward_trainer.py:552. Delete when TRL casts adapters only.
             for name, parameter in self.model.named_parameters():
                 if parameter.requires_grad and ".modules_to_save." in name:
-                    parameter.data = parameter.data.float()
+                    parameter.data = parameter.data.to(self.model.config.dtype)
         # PATCH(trl<1.17): TRL writes `gradient_checkpointing_kwargs`, which transformers 5 ignores (use_reentrant under
         # ZeRO-3 with LoRA would be lost), and SFTTrainer puts its own selective checkpointing in the place of ours.
         # Waits for trl/trainer/sft_trainer.py:1096. Delete when TRL uses `activation_checkpointing_kwargs`.
