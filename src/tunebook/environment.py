@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
@@ -64,9 +62,12 @@ def uses_deepspeed() -> bool:
 
 def is_open(path: Path) -> bool:
     """Return whether a process of this user and host has a file open."""
+    import psutil  # which a start without a lock need not wait for
+
+    name = str(path.resolve())
     for process in psutil.process_iter():
         with suppress(psutil.Error):
-            if any(file.path == str(path.resolve()) for file in process.open_files()):
+            if any(file.path == name for file in process.open_files()):
                 return True
     return False
 

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 ROW = TypeAdapter(dict[str, Any])
 PACKAGE = Path(__file__).parent
+CONFIGS = Path("configs/accelerate")
 
 
 def shipped(path: str | Path) -> Path:
@@ -36,6 +37,20 @@ def shipped(path: str | Path) -> Path:
     path = Path(path)
     places = (path, PACKAGE / "shipped" / path, PACKAGE.parents[1] / path)
     return next((place for place in places if place.exists()), path)
+
+
+def find_config(name: str) -> Path:
+    """Return an accelerate config: a file, or a name in configs/accelerate.
+
+    Raises:
+        RecipeError: when there is no such file.
+    """
+    named = CONFIGS / f"{name}.yaml"
+    path = next((path for path in (Path(name), shipped(named)) if path.is_file()), None)
+    if path is None:
+        known = ", ".join(sorted(file.stem for file in shipped(CONFIGS).glob("*.yaml")))
+        raise RecipeError(f"There is no accelerate config {name}. Name a file, or one of {known}.")
+    return path
 
 
 class Representer(SafeRepresenter):

@@ -86,10 +86,7 @@ def test_two_processes_resume_from_their_checkpoint(two_processes):
 def test_two_processes_generate_what_one_does_and_train_as_without(two_processes, tiny):
     assert_same_weights(two_processes / "generating", two_processes / "silent")
     rows = read_rows(two_processes / "generating" / "generations.jsonl")
-    model, tokenizer = (
-        AutoModelForCausalLM.from_pretrained(two_processes / "generating"),
-        AutoTokenizer.from_pretrained(tiny),
-    )
-    outputs = generate(model, tokenizer, PROMPTS, batch_size=1, **GREEDY)
+    model = AutoModelForCausalLM.from_pretrained(two_processes / "generating")
+    outputs = generate(model, AutoTokenizer.from_pretrained(tiny), PROMPTS, batch_size=1, **GREEDY)
     assert [(row["prompt"], row["output"]) for row in rows if row["step"] == 4] == [*zip(PROMPTS, outputs, strict=True)]
     assert len(set(outputs)) > 1

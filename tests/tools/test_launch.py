@@ -9,8 +9,9 @@ from typer.testing import CliRunner
 
 import tunebook
 from tunebook.errors import RecipeError
+from tunebook.files import find_config
 from tunebook.tools.cli import app
-from tunebook.tools.launch import choose_config, find_config, node_flags
+from tunebook.tools.launch import choose_config, node_flags
 
 MEET = {"main_process_ip": "first", "main_process_port": 29500}
 

@@ -26,8 +26,11 @@ class Dropped(Exception):
     """A row that cannot be trained on: the reason, which many rows may share, and what this row shows of it."""
 
     def __init__(self, reason: str, example: str = ""):
-        super().__init__(f"{reason}: {brief(example)}" if example else reason)
+        super().__init__(reason)
         self.reason, self.example = reason, example
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {brief(self.example)}" if self.example else self.reason
 
 
 @dataclass(frozen=True)

@@ -219,11 +219,11 @@ class GenerationCallback(TrainerCallback):
     def validate(args: CausalLMConfig) -> None:
         """Raise a ValueError for a metric that cannot be imported, and an argument that `generate` does not have."""
         generation_kwargs = args.eval_generation_kwargs or {}
-        sweep(generation_kwargs)
+        swept = sweep(generation_kwargs)
         if unknown := set(generation_kwargs) - set(GenerationConfig().to_dict()):
             raise ValueError(f"`eval_generation_kwargs`: GenerationConfig has no {', '.join(sorted(unknown))}.")
         with foreign("`eval_generation_kwargs`", "cannot be used"):
-            for one in sweep(generation_kwargs):
+            for one in swept:
                 GenerationConfig().update(**generation_kwargs | one)
         for name in args.eval_metrics:
             import_object("eval_metrics", name)

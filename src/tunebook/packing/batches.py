@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from transformers.trainer_pt_utils import BatchRebalanceSampler
+from trl.data_utils import pack_dataset
 
-from ..recipe.configs import DPOConfig, RewardConfig
+from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +71,12 @@ def drop_unlabelled(packed: Dataset) -> Dataset:
     left_out = len(packed) - int(trained.sum())
     logger.info("%d of %d packed rows have nothing to train on and are left out.", left_out, len(packed))
     return packed.select(np.flatnonzero(trained))
+
+
+def pack_like_training(dataset: Dataset, args: SFTConfig) -> Dataset:
+    """Return the packed rows that the trainer makes of tokenized ones."""
+    assert args.max_length is not None
+    return drop_unlabelled(pack_dataset(dataset, args.max_length, args.packing_strategy))
 
 
 @dataclass(eq=False, repr=False)

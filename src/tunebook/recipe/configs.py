@@ -207,6 +207,7 @@ class RunConfig(TrainingArguments):
             self.bf16 = bool(self.bf16)
         if uses_fsdp():
             check_fsdp_device()
+            check_fsdp(self)
             disable_fsdp_ram_efficient_loading()  # saves nothing, and fails on tied weights under PEFT
         # PATCH(transformers<5.25): `optim` is one of a fixed list, so another stands there while transformers checks
         # it. Waits for https://github.com/huggingface/transformers/issues/39537. Delete when muon is in the list.
@@ -217,8 +218,6 @@ class RunConfig(TrainingArguments):
         if muon:
             self.optim = "muon"
             check_muon(self)
-        if uses_fsdp():
-            check_fsdp(self)
         if self.context_parallel_size > 1 and (uses_parallelism_config() or self.parallelism_config is not None):
             raise ValueError(
                 "`context_parallel_size` takes the place of accelerate's parallelism_config (cp_size, tp_size, ...), "

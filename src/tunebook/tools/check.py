@@ -24,7 +24,7 @@ from ..data.loading import NothingToTrain, load_recipe_data, trains_throughout
 from ..data.tokenizer import CHATML, end_of_turn_ids
 from ..environment import Sharding, fsdp_sharding, launched_sharding, unsharded, zero_sharding
 from ..errors import RecipeError, user_errors
-from ..files import read_yaml, terminal
+from ..files import find_config, read_yaml, terminal
 from ..following import validate_callbacks
 from ..following.pairs import count_wins
 from ..recipe import Recipe
@@ -32,7 +32,6 @@ from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
 from ..training.refusals import refuse, refuse_few_rows
 from ..training.run import set_up_logging
-from .launch import find_config
 from .lengths import form_batches, measure_rows
 from .memory import estimate
 from .score import load_scorer, score_ids
@@ -149,11 +148,11 @@ def plan_disk(recipe: Recipe, workload: Workload, steps: int) -> Disk:
     """Plan the checkpoints and the model. What is pushed to the Hub is linked, and takes nothing more."""
     args, count_parameters = recipe.training, workload.model.num_parameters
     model = workload.stored_size * count_parameters(only_trainable=recipe.model.use_peft)
-    # FSDP keeps the weights once more, for the run to resume from
-    copies = 2 if workload.sharding.engine == "fsdp" and not args.save_only_model else 1
-    checkpoint = copies * model + (
-        0 if args.save_only_model else workload.state_size * count_parameters(only_trainable=True)
-    )
+    checkpoint = model
+    if not args.save_only_model:
+        checkpoint += workload.state_size * count_parameters(only_trainable=True)
+        if workload.sharding.engine == "fsdp":
+            checkpoint += model  # once more, for the run to resume from
     strategy = SaveStrategy(args.save_strategy).value
     every = {"steps": args.save_steps, "epoch": steps / args.num_train_epochs}.get(strategy, math.inf)
     count = math.ceil(steps / (math.ceil(every * steps) if every < 1 else every))

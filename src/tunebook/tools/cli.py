@@ -43,6 +43,20 @@ def parse_recipe(path: Path, task: str | None, words: list[str]) -> "Recipe":
     return parse(find_task(path, task), read_recipe(path), overrides)
 
 
+def check_new(path: Path, name: str) -> None:
+    """Refuse a file that exists, or that cannot be written; see [`check_output`]."""
+    if path.exists():
+        raise RecipeError(f"{name} {path} exists already. Name a new file.")
+    check_output(path, name)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file, and the folders above it."""
+    with user_errors(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def show_version(value: bool) -> None:
     if value:
         from importlib.metadata import version
@@ -93,12 +107,8 @@ def recipes(
     if out is None:
         typer.echo(source.read_text(encoding="utf-8"), nl=False)
         return
-    if out.exists():
-        raise RecipeError(f"{out} exists already. Name a new file.")
-    check_output(out, "OUT")
-    with user_errors(OSError):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    check_new(out, "OUT")
+    write(out, source.read_text(encoding="utf-8"))
     typer.echo(f"The recipe is in {out}.")
 
 
@@ -177,9 +187,7 @@ def preview(
     if html is None:
         print_rows(shown, report, Console())
         return
-    with user_errors(OSError):
-        html.parent.mkdir(parents=True, exist_ok=True)
-        html.write_text(html_page(shown, report, str(recipe)), encoding="utf-8")
+    write(html, html_page(shown, report, str(recipe)))
 
 
 @app.command(context_settings=OVERRIDES)
@@ -209,17 +217,13 @@ def migrate(
     """Turn Open-R1's, the alignment-handbook's and OpenRLHF's settings into a recipe."""
     from .migrate import migrate
 
-    if out is not None and out.exists():
-        raise RecipeError(f"--out {out} exists already. Name a new file.")
     if out is not None:
-        check_output(out, "--out")
+        check_new(out, "--out")
     done = migrate(source, task)
     if out is None:
         typer.echo(done, nl=False)
     else:
-        with user_errors(OSError):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(str(done), encoding="utf-8")
+        write(out, str(done))
     for line in done.remarks():
         typer.echo(line, err=True)
 

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import psutil
 import torch
@@ -14,25 +13,9 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from ..errors import Interrupted, RecipeError
-from ..files import read_yaml, shipped
+from ..files import find_config, read_yaml
 
 logger = logging.getLogger(__name__)
-
-CONFIGS = Path("configs/accelerate")
-
-
-def find_config(name: str) -> Path:
-    """Return an accelerate config: a file, or a name in configs/accelerate.
-
-    Raises:
-        RecipeError: when there is no such file.
-    """
-    named = CONFIGS / f"{name}.yaml"
-    path = next((path for path in (Path(name), shipped(named)) if path.is_file()), None)
-    if path is None:
-        known = ", ".join(sorted(file.stem for file in shipped(CONFIGS).glob("*.yaml")))
-        raise RecipeError(f"There is no accelerate config {name}. Name a file, or one of {known}.")
-    return path
 
 
 def choose_config(devices: int) -> str:
@@ -49,14 +32,9 @@ def node_flags(variables: Mapping[str, str], processes: int) -> dict[str, object
     Raises:
         RecipeError: there are several nodes, and it is not known where they meet.
     """
-    nodes, rank, port = (
-        next((int(variables[name]) for name in names if name in variables), default)
-        for names, default in (
-            (("NNODES", "SLURM_STEP_NUM_NODES"), 1),
-            (("NODE_RANK", "SLURM_NODEID"), 0),
-            (("MASTER_PORT",), 20000 + int(variables.get("SLURM_JOB_ID", 9500)) % 10000),
-        )
-    )
+    nodes = int(variables.get("NNODES") or variables.get("SLURM_STEP_NUM_NODES") or 1)
+    rank = int(variables.get("NODE_RANK") or variables.get("SLURM_NODEID") or 0)
+    port = int(variables.get("MASTER_PORT") or 20000 + int(variables.get("SLURM_JOB_ID") or 9500) % 10000)
     if nodes == 1:
         return {"num_processes": processes}
     address = variables.get("MASTER_ADDR")

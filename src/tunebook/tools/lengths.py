@@ -5,15 +5,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from datasets import Dataset
-from trl.data_utils import pack_dataset
 
 from ..errors import user_errors
 from ..packing.batches import (
     TokenBatchSampler,
     count_per_row,
     decides_sharing,
-    drop_unlabelled,
     list_offsets,
+    pack_like_training,
     pair_lengths,
 )
 from ..recipe import Recipe
@@ -102,7 +101,7 @@ def form_batches(recipe: Recipe, dataset: Dataset, lengths: Lengths) -> Batches:
 def pack_texts(args: SFTConfig, dataset: Dataset, batches: Batches) -> Batches:
     assert args.max_length is not None
     rows = args.per_device_train_batch_size
-    packed = drop_unlabelled(pack_dataset(dataset, args.max_length, args.packing_strategy)).with_format("arrow")[:]
+    packed = pack_like_training(dataset, args).with_format("arrow")[:]
     labels, offsets = list_offsets(packed["labels"])
     sizes, trained = np.diff(offsets), count_per_row(labels != -100, offsets)
     largest = Batch(1, int(np.sort(sizes)[-rows:].sum()), int(np.sort(trained)[-rows:].sum()), packed=True)

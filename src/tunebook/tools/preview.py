@@ -13,13 +13,12 @@ from rich.table import Table
 from rich.text import Text
 from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerBase
-from trl.data_utils import pack_dataset
 
 from ..data import load_recipe_data
 from ..data.rendering import Renderer
 from ..data.tokens import TOKEN_COLUMNS, process_batch
 from ..files import read_yaml, terminal
-from ..packing.batches import drop_unlabelled
+from ..packing.batches import pack_like_training
 from ..recipe import Recipe
 from ..recipe.configs import SFTConfig
 
@@ -55,8 +54,7 @@ def preview_rows(recipe: Recipe, count: int) -> tuple[list[Row], str]:
     tokenizer, data = load_recipe_data(recipe, sample=count * (ROWS_PER_PACK if packs else 1))
     train, report = data.train, str(data.counts["train"])
     if isinstance(args, SFTConfig) and args.packing:
-        assert args.max_length is not None
-        train = drop_unlabelled(pack_dataset(train, args.max_length, args.packing_strategy))
+        train = pack_like_training(train, args)
         report += f"; packed into {len(train):,}"
     uncut = [
         row

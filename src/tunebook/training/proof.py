@@ -172,14 +172,12 @@ def forward_log_probs(model: nn.Module, documents: Sequence[torch.Tensor], pad: 
     batch = _batch(documents, pad)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     if own:
-        logits = model(**batch, use_cache=False).logits[:, -labels.shape[1] :][
-            :, :-1
-        ]  # PEFT's virtual tokens come first
+        logits = model(**batch, use_cache=False).logits
+        logits = logits[:, -labels.shape[1] :][:, :-1]  # PEFT's virtual tokens come first
         log_probs = -F.cross_entropy(logits.float().transpose(1, 2), labels[:, 1:].to(logits.device), reduction="none")
     else:
-        log_probs = model(**batch, use_cache=False, labels=labels, fused_lm_head=True).log_probs[
-            :, 1 - labels.shape[1] :
-        ]
+        log_probs = model(**batch, use_cache=False, labels=labels, fused_lm_head=True).log_probs
+        log_probs = log_probs[:, 1 - labels.shape[1] :]
     return [row[: len(document) - 1] for row, document in zip(log_probs, documents, strict=True)]
 
 

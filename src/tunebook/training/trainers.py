@@ -24,12 +24,7 @@ from ..environment import launched_sharding
 from ..errors import user_errors
 from ..following.scores import REWARDS_FILE
 from ..packing import pack_causal_lm, pack_reward_model
-from ..packing.batches import (
-    TokenBatchSampler,
-    decides_sharing,
-    drop_unlabelled,
-    pair_lengths,
-)
+from ..packing.batches import TokenBatchSampler, decides_sharing, drop_unlabelled, pair_lengths
 from ..packing.dropout import turn_off_dropout
 from ..packing.forward import RewardOutput
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
@@ -317,11 +312,16 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         self.loss_types, self.loss_weights = self.objective.loss_types, self.objective.loss_weights
         self.label_smoothing = self.objective.label_smoothing
 
+    @property
+    def own_reference(self) -> torch.nn.Module:
+        """Return the reference that is kept, or the model, whose adapter is off when it is one."""
+        return self.model if self.ref_model is None else self.ref_model
+
     def _patch_forwards(self) -> None:
         """Patch both models, once TRL has put its fused head on them; its constructor may already run the reference."""
         if not self.patched:
             self.patched = True
-            for model in [self.model] if self.ref_model is None else [self.model, self.ref_model]:
+            for model in dict.fromkeys((self.model, self.own_reference)):
                 with user_errors():
                     unwrapped = self.accelerator.unwrap_model(model)
                     if self.args.disable_dropout:
@@ -332,8 +332,8 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         # PATCH(trl<1.17): TRL caches reference log-probs by data set and weights only, although they also depend on
         # the model's config and `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when they are hashed.
         self._patch_forwards()
-        model = self.accelerator.unwrap_model(self.model if self.ref_model is None else self.ref_model)
-        known_by = (self._precompute_model_hash, self.args.ld_alpha, model.config.to_json_string())
+        config = self.accelerator.unwrap_model(self.own_reference).config
+        known_by = (self._precompute_model_hash, self.args.ld_alpha, config.to_json_string())
         with overridden(self, _precompute_model_hash=known_by):
             return super()._precompute_ref_logps(*args)  # type: ignore[arg-type]
 
@@ -345,7 +345,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         offloads_itself = sharding.is_zero3 or (sharding.engine == "fsdp" and sharding.offload_weights)
         if not self.args.ref_offload or offloads_itself or self.ref_model is None:
             settle_trained(self.model)
-            yield self.model if self.ref_model is None else self.ref_model
+            yield self.own_reference
             return
         reference = self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
         yield self.ref_model
