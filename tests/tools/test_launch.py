@@ -11,7 +11,7 @@ import tunebook
 from tunebook.errors import RecipeError
 from tunebook.files import find_config
 from tunebook.tools.cli import app
-from tunebook.tools.launch import choose_config, node_flags
+from tunebook.tools.launch import choose_config, launch, node_flags
 
 MEET = {"main_process_ip": "first", "main_process_port": 29500}
 
@@ -41,9 +41,21 @@ def test_nodes_that_cannot_meet_are_refused():
         node_flags({"NNODES": "2"}, processes=1)
 
 
-@pytest.mark.parametrize(("devices", "name"), [(0, "cpu"), (1, "single"), (8, "ddp")])
-def test_all_devices_of_a_machine_are_used(devices, name):
-    assert find_config(choose_config(devices)).resolve() == ROOT / "configs" / "accelerate" / f"{name}.yaml"
+@pytest.mark.parametrize(
+    ("devices", "processes", "name"),
+    [(0, 1, "cpu"), (0, 2, "ddp"), (1, 1, "single"), (1, 2, "ddp"), (8, 8, "ddp")],  # (1, 2): of two nodes
+)
+def test_a_config_is_chosen_for_all_processes(devices, processes, name):
+    path = find_config(choose_config(devices, processes))
+    assert path.resolve() == ROOT / "configs" / "accelerate" / f"{name}.yaml"
+
+
+@pytest.mark.parametrize("asked", [{"NNODES": "2", "MASTER_ADDR": "first"}, None])
+def test_a_config_of_one_process_is_refused_for_more(asked, monkeypatch):
+    for name, value in (asked or {}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RecipeError, match="cpu.yaml is for one process"):
+        launch("sft", [], "cpu", None if asked else 2)
 
 
 def test_a_config_that_is_not_there_is_refused_with_those_that_are():

@@ -18,9 +18,9 @@ from ..files import find_config, read_yaml
 logger = logging.getLogger(__name__)
 
 
-def choose_config(devices: int) -> str:
-    """Return the name of the config that uses all devices of this machine."""
-    return "cpu" if devices == 0 else "single" if devices == 1 else "ddp"
+def choose_config(devices: int, processes: object) -> str:
+    """Return the name of the config for processes on machines with as many devices each."""
+    return "ddp" if processes != 1 else "single" if devices else "cpu"
 
 
 def node_flags(variables: Mapping[str, str], processes: int) -> dict[str, object]:
@@ -56,15 +56,15 @@ def launch(task: str, words: Sequence[str], config: str | None, processes: int |
         processes: on each node. Default: one for each device; for a config of a CPU, one.
 
     Raises:
-        RecipeError: for a config that does not exist, or nodes that cannot meet.
+        RecipeError: for a config that does not exist or is for fewer processes, or nodes that cannot meet.
     """
     devices = torch.cuda.device_count()
-    path = find_config(config or choose_config(devices))
-    values = read_yaml(path.read_text(encoding="utf-8"), str(path))
-    if values.get("distributed_type") == "NO":
-        flags: dict[str, object] = {"num_processes": 1}
-    else:
-        flags = node_flags(os.environ, processes or devices or 1)
+    flags = node_flags(os.environ, processes or devices or 1)
+    path = find_config(config or choose_config(devices, flags["num_processes"]))
+    if read_yaml(path.read_text(encoding="utf-8"), str(path)).get("distributed_type") == "NO":
+        if "num_machines" in flags or processes not in (None, 1):
+            raise RecipeError(f"{path.name} is for one process. Take another with --accelerate, such as ddp or zero3.")
+        flags = {"num_processes": 1}
     if devices == 0:
         cores = max(1, (os.cpu_count() or 1) // (processes or 1))
         flags["num_cpu_threads_per_process"] = os.environ.get("OMP_NUM_THREADS", cores)
