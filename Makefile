@@ -7,7 +7,7 @@ ACCELERATE ?= $(if $(shell command -v nvidia-smi),single,cpu)
 LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE).yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft rm dpo slurm test lint format upstream perf campaign
+.PHONY: help install quickstart sft rm dpo slurm test lint format keys upstream perf campaign
 
 help:  ## list the targets
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,6 +49,9 @@ lint: install  ## check style, dependencies and types, change nothing
 format: install  ## fix style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+keys: install  ## write src/tunebook/recipe/keys.jsonl anew, after a change of a key
+	$(BIN)/python -m tunebook.tools.keys
 
 upstream:  ## run the suite with the newest releases of TRL, transformers and the others, in .venv-upstream
 	$(PYTHON) -m venv .venv-upstream

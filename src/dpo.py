@@ -8,9 +8,11 @@ import sys
 from pathlib import Path
 
 from tunebook.errors import end_on_signals, exit_on_error
+from tunebook.recipe.words import answer_early
 
-if __name__ == "__main__":
-    end_on_signals()  # also while the libraries load
+if __name__ == "__main__":  # before the libraries load
+    end_on_signals()
+    answer_early("dpo", sys.argv[1:])
 
 from transformers import AutoModelForCausalLM
 

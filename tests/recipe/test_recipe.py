@@ -16,6 +16,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from tunebook.errors import RecipeError
 from tunebook.recipe import TASKS, command_line, find_task, parse, parser, read_command_line, read_recipe, schema
+from tunebook.recipe.keys import old_keys, unknown_key
 from tunebook.recipe.needs import TERM, holds
 from tunebook.recipe.rules import CHOICES, NEEDS, RANGES, RULES
 
@@ -90,7 +91,7 @@ def test_an_odd_value_of_any_key_is_taken_or_refused_in_a_message_with_the_key(t
 
 @pytest.mark.parametrize("task", TASKS)
 def test_a_key_that_is_set_to_its_default_is_never_refused(task):
-    names = schema.task_keys(task).keys() - schema.old_keys().keys() - BASE.keys()
+    names = schema.task_keys(task).keys() - old_keys().keys() - BASE.keys()
     for name in names:
         value = schema.default(schema.task_keys(task)[name][0])
         assert parse(task, {**BASE, name: value.value if isinstance(value, Enum) else value})
@@ -129,11 +130,11 @@ def test_a_condition_holds_as_it_reads(condition, holding, failing):
 
 def test_a_key_that_trl_or_transformers_still_has_is_never_called_gone():
     live = {name for config in (trl.SFTConfig, trl.RewardConfig, trl.DPOConfig) for name in schema.keys_of(config)}
-    assert {name for name, old in schema.old_keys().items() if old.kind == "chosen"} == live & schema.old_keys().keys()
+    assert {name for name, old in old_keys().items() if old.kind == "chosen"} == live & old_keys().keys()
 
 
 def test_renamed_keys_are_not_offered_as_near_names():
-    assert all("Did you mean" not in schema.unknown_key("sft", name) for name in schema.old_keys())
+    assert all("Did you mean" not in unknown_key("sft", name, schema.known_names()) for name in old_keys())
 
 
 def test_a_file_is_yaml_1_2_with_anchors(tmp_path):

@@ -10,6 +10,7 @@ from conftest import train
 
 from tunebook.errors import RecipeError
 from tunebook.recipe import schema
+from tunebook.recipe.keys import old_keys
 
 KEYS = {"max_steps": 2, "eval_strategy": "steps", "eval_steps": 1, "test_split_size": 8, "save_strategy": "steps"}
 KEYS |= {"save_steps": 2, "per_device_train_batch_size": 3}
@@ -66,7 +67,7 @@ def test_a_plain_key_changes_a_run_or_is_refused(task, tiny, task_rows, tmp_path
     others = set() if task == "sft" else schema.task_keys("sft").keys()  # tried there
     unchanged, unseen = observe(task, tiny, task_rows, tmp_path / "o"), " ".join(UNSEEN.values()).split()
     idle = set()
-    for key in schema.task_keys(task).keys() - schema.old_keys().keys() - SET_HERE - others - set(unseen):
+    for key in schema.task_keys(task).keys() - old_keys().keys() - SET_HERE - others - set(unseen):
         value = other_value(key, task)
         try:
             if value is not None and observe(task, tiny, task_rows, tmp_path / "o", **{key: value}) == unchanged:

@@ -11,6 +11,7 @@ from ..files import read_yaml
 from .needs import TERM, Values, alternatives, holds_term, wanted_values, written
 from .rules import contradictions
 from .schema import TASKS, dead_keys, read_values, takes_structure, takes_text, task_keys
+from .words import split_flags
 
 logger = logging.getLogger(__name__)
 
@@ -32,26 +33,6 @@ def read_command_line(arguments: Sequence[str]) -> tuple[str | None, dict[str, A
         holder[target] = read_words(words, hints.get(name, object))
     config = overrides.pop("config", None)
     return config, overrides
-
-
-def split_flags(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Return the words of each `--key value`, `--key=value`, `--flag` and `--list a b`, of the last where a key stands
-    twice.
-
-    Raises:
-        RecipeError: for an argument that does not belong to a --key.
-    """
-    words: dict[str, list[str]] = {}
-    current = None
-    for argument in arguments:
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            current = words[name.replace("-", "_")] = [value] if equals else []
-        elif current is None:
-            raise RecipeError(f"Unexpected argument {argument!r}: options are written --key value.")
-        else:
-            current.append(argument)
-    return words
 
 
 def read_words(words: Sequence[str], hint: type = object) -> Any:  # noqa: ANN401 - what the user wrote

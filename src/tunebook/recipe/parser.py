@@ -10,16 +10,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
 
 from ..environment import free_build_locks, uses_deepspeed
 from ..errors import RecipeError, brief, plain
-from ..files import read_yaml, shipped
 from . import configs
 from .command_line import overridden, read_command_line
 from .content import check_content
-from .schema import TASKS, Training, default, describe, faults, keys_of, old_keys, read_values
+from .keys import help_text, saved_keys
+from .schema import TASKS, Training, faults, keys_of, list_keys, read_values
+from .words import read_recipe
 
 logger = logging.getLogger(__name__)
 
@@ -37,35 +37,6 @@ class Recipe:
     training: Training
     model: configs.ModelConfig  # the model, LoRA and quantization
     given: dict[str, Any]  # the keys that were given, in the order of the file
-
-
-def read_recipe(path: str | Path) -> dict[str, Any]:
-    """Read the keys of a recipe file, the user's or a shipped one. Top-level keys that begin with an underscore only
-    hold YAML anchors.
-
-    Raises:
-        RecipeError: when the file does not exist, is not YAML, is not a mapping or names a key twice.
-    """
-    path = shipped(path)
-    if not path.is_file():
-        raise RecipeError(f"--config {path}: no such file.")
-    recipe = read_yaml(path.read_bytes(), str(path))
-    if not isinstance(recipe, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, not a {type(recipe).__name__}.")
-    return {name: value for name, value in recipe.items() if not str(name).startswith("_")}
-
-
-def find_task(path: str | Path, task: str | None = None) -> str:
-    """Return `task`, or the one that the path names: recipes/<model>/<task>/<variant>.yaml, or <task>.yaml.
-
-    Raises:
-        RecipeError: when `task` is not one of ours, or neither names one.
-    """
-    path = Path(path)
-    task = task or next((name for name in (path.stem, path.absolute().parent.name) if name in TASKS), None)
-    if task not in TASKS:
-        raise RecipeError(f"{path}: which task? Give --task {', --task '.join(TASKS)}; got {task}.")
-    return task
 
 
 def parse(task: str, recipe: Mapping[str, Any], overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -131,20 +102,7 @@ def set_push_key(keys: Mapping[str, Any]) -> dict[str, Any]:
 def parse_command_line(task: str, arguments: Sequence[str]) -> Recipe:
     """Call [`parse`] on the arguments of a script. `--help` prints every key and exits."""
     if {"--help", "-h"} & set(arguments):
-        sys.stdout.write(help_text(task))
+        sys.stdout.write(help_text(task, saved_keys() or list_keys()))
         raise SystemExit(0)
     config, overrides = read_command_line(arguments)
     return parse(task, read_recipe(config) if config else {}, overrides)
-
-
-def help_text(task: str) -> str:
-    """Return every key with its type, default and help: tunebook's first, then TRL's and transformers'."""
-    groups: dict[str, str] = {owner: f"\n{owner}'s keys\n\n" for owner in ("tunebook", "trl", "transformers")}
-    for cls in TASKS[task]:
-        for name, (field, hint) in keys_of(cls).items():
-            owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
-            help = " ".join(field.metadata.get("help", "").split())
-            if name not in old_keys():
-                line = f"  --{name}  {describe(hint)} (default: {default(field)})\n      {help}\n"
-                groups[owner.__module__.split(".")[0]] += line
-    return f"usage: accelerate launch src/{task}.py --config RECIPE.yaml [--key value ...]\n" + "".join(groups.values())

@@ -1,25 +1,21 @@
-"""The keys of a task's recipe: their types, defaults and names, and which of them have an effect.
-
-Unknown keys fail with the nearest names, renamed keys with the new one, wrong types and ranges with what is allowed.
-"""
+"""The keys of a task's recipe, from the classes that declare them: what a value may be, and what has an effect."""
 
 import dataclasses
-import difflib
+import json
 import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
 from datetime import date
 from enum import Enum
 from functools import cache
-from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import RecipeError, brief
-from ..files import read_yaml
 from . import configs
+from .keys import Key, is_wrong, unknown_key
 from .needs import holds
 from .rules import CHOICES, NEEDS, RANGES, contradictions
 
@@ -39,30 +35,6 @@ TASKS: dict[str, tuple[type[configs.ScriptArguments], type[Training], type[confi
 }
 
 
-@dataclass(frozen=True)
-class OldKey:
-    """A key of public recipes that ours do not have (renamed.yaml)."""
-
-    kind: str  # "renamed", "removed", or "chosen": a live key of TRL or transformers that tunebook sets
-    new: str | None = None  # the key to set instead
-    note: str = ""  # a sentence on what to do, or how the values differ
-
-    def message(self, name: str) -> str:
-        forms = {
-            "renamed": f"`{name}` was renamed. Set `{self.new}` instead.",
-            "removed": f"`{name}` was removed.",
-            "chosen": f"`{name}` follows from `{self.new}`. Set that key." if self.new else f"Tunebook sets `{name}`.",
-        }
-        return f"{forms[self.kind]} {self.note}".rstrip()
-
-
-@cache
-def old_keys() -> dict[str, OldKey]:
-    path = Path(__file__).with_name("renamed.yaml")
-    kinds = read_yaml(path.read_text(encoding="utf-8"), path.name)
-    return {name: OldKey(kind, **entry) for kind, entries in kinds.items() for name, entry in entries.items()}
-
-
 def keys_of(cls: type) -> dict[str, tuple[dataclasses.Field[object], type]]:
     """Return name -> (dataclass field, resolved type) for every key of a config."""
     hints = get_type_hints(cls)
@@ -75,17 +47,9 @@ def task_keys(task: str) -> dict[str, tuple[dataclasses.Field[object], type]]:
     return {name: entry for cls in TASKS[task] for name, entry in keys_of(cls).items()}
 
 
-def unknown_key(task: str, name: str) -> str:
-    """Return the message for a key that the task does not have."""
-    if name in old_keys():
-        return old_keys()[name].message(name)
-    if name == "benchmarks":  # of reward models, before they had a name of their own
-        return f"`benchmarks` of {task} was renamed. Set `pair_benchmarks` instead."
-    owners = [other for other, classes in TASKS.items() if any(name in keys_of(cls) for cls in classes)]
-    if owners:
-        return f"`{name}` is a key of {' and '.join(owners)}, not of {task}. Remove it."
-    near = difflib.get_close_matches(name, task_keys(task), n=3, cutoff=0.6)
-    return f"`{name}` is not a key." + (f" Did you mean {' or '.join(near)}?" if near else " See --help for all keys.")
+def known_names() -> dict[str, Collection[str]]:
+    """Return the names of every task's keys."""
+    return {task: task_keys(task).keys() for task in TASKS}
 
 
 def default(field: dataclasses.Field[object]) -> object:
@@ -98,8 +62,8 @@ def read_values(task: str, given: Mapping[str, Any]) -> tuple[dict[str, Any], di
     values = {"task": task, **{name: default(field) for name, (field, _) in known.items()}}
     mistakes = {}
     for name, value in given.items():
-        if name in old_keys() or name not in known:
-            mistakes[name] = unknown_key(task, name)
+        if is_wrong(name, known):
+            mistakes[name] = unknown_key(task, name, known_names())
             continue
         try:
             values[name] = read_value(name, value, *known[name])
@@ -122,11 +86,10 @@ def read_value(name: str, value: object, field: dataclasses.Field[object], hint:
     unquoted = [v for v in (value if isinstance(value, list) else [value]) if isinstance(v, int | float | date)]
     if takes_text(hint) and unquoted:
         raise RecipeError(f"`{name}`: {unquoted[0]} is a number or a date in YAML, where text is needed. Quote it.")
-    if "list" in str(hint) and "str |" not in str(hint) and isinstance(value, str | int | float):
+    if takes_list(hint) and isinstance(value, str | int | float):
         value = [value]
     try:
-        limits = field.metadata.get("range") or RANGES.get(name)
-        value = type_adapter(Annotated[hint, limits] if limits else hint).validate_python(value)
+        value = type_adapter(limited(name, field, hint)).validate_python(value)
     except ValidationError as error:
         fault = error.errors()[0]
         where = "".join(f"[{part}]" for part in fault["loc"] if part not in describe(hint).split(" | "))
@@ -135,7 +98,7 @@ def read_value(name: str, value: object, field: dataclasses.Field[object], hint:
     check_size(name, value)
     if name in PATHS:
         value = [expand_paths(name, v) for v in value] if isinstance(value, list) else expand_paths(name, value)
-    choices = field.metadata.get("choices") or list_choices(name, hint)
+    choices = list_choices(name, field, hint)
     given = value if isinstance(value, list) else [] if value is None else [value]
     if choices and (wrong := [choice for choice in given if choice not in choices]):
         raise RecipeError(f"`{name}`: {brief(wrong[0])} is not one of {', '.join(choices)}.")
@@ -166,12 +129,23 @@ def check_size(name: str, value: object) -> None:
         raise RecipeError(f"`{name}`: {value} is not a number below 2^32.")
 
 
-def list_choices(name: str, hint: type) -> Sequence[str]:
+def limited(name: str, field: dataclasses.Field[object], hint: type) -> Any:  # noqa: ANN401 - types have no type
+    """Return a key's type with the range of its number."""
+    limits = field.metadata.get("range") or RANGES.get(name)
+    return Annotated[hint, limits] if limits else hint
+
+
+def list_choices(name: str, field: dataclasses.Field[object], hint: type) -> Sequence[str]:
     """Return what a key of text may be, by the rules or an enumeration of transformers'; nothing where it is free."""
     if get_origin(hint) is Literal:
         return ()
     enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
-    return CHOICES.get(name) or [choice.value for kind in enums for choice in kind]
+    return field.metadata.get("choices") or CHOICES.get(name) or [choice.value for kind in enums for choice in kind]
+
+
+def takes_list(hint: type) -> bool:
+    """Return whether a key of this type has a list, for which one value may stand."""
+    return "list" in str(hint) and "str |" not in str(hint)
 
 
 def takes_text(hint: type) -> bool:
@@ -196,7 +170,45 @@ def list_kinds(hint: type) -> set[type]:
 
 
 def describe(hint: type) -> str:
+    if get_origin(hint) is Literal:
+        return "str"
     return getattr(hint, "__name__", str(hint)).replace("typing.", "").replace("tunebook.recipe.configs.", "")
+
+
+def list_keys() -> list[Key]:
+    """Return the keys of all tasks as their classes declare them. One that differs between tasks stands for each."""
+    keys: dict[str, Key] = {}
+    for task, classes in TASKS.items():
+        for cls in classes:
+            for name, (field, hint) in keys_of(cls).items():
+                key = declared_key(cls, name, field, hint)
+                same = keys.setdefault(json.dumps(dataclasses.asdict(key)), key)
+                same.tasks.append(task)
+    return list(keys.values())
+
+
+def declared_key(cls: type, name: str, field: dataclasses.Field[object], hint: type) -> Key:
+    """Return a key as a config declares it, for no task yet."""
+    owner = next(base for base in cls.__mro__ if name in vars(base).get("__annotations__", {}))
+    value, choices = default(field), list_choices(name, field, hint)
+    schema: dict[str, Any] = {}
+    if choices:
+        schema = one = {"enum": [*choices, None] if NoneType in get_args(hint) else [*choices]}
+        if takes_list(hint):
+            schema = {"anyOf": [one, {"type": "array", "items": one}]}
+    elif "ParallelismConfig" not in str(hint):  # the launcher's, of which there is no schema
+        schema = type_adapter(limited(name, field, hint)).json_schema()
+        if takes_list(hint) and list_kinds(hint) & {str, float}:
+            schema = {"anyOf": [{"type": ["string", "number"]}, schema]}
+    return Key(
+        name,
+        [],
+        owner.__module__.partition(".")[0],
+        describe(hint),
+        value.value if isinstance(value, Enum) else value,
+        " ".join(field.metadata.get("help", "").split()),
+        schema,
+    )
 
 
 def dead_keys(given: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, str]:

@@ -1,5 +1,8 @@
-"""Train: sft, rm, dpo. Before: recipes, migrate, preview, check. After: merge, score, benchmark, push, report."""
+"""Train: sft, rm, dpo. Before: recipes, schema, migrate, preview, check.
 
+After: merge, score, benchmark, push, report."""
+
+import json
 import logging
 from functools import partial
 from pathlib import Path
@@ -11,6 +14,8 @@ from typer.core import TyperGroup
 
 from ..errors import RecipeError, exit_on_error, user_errors
 from ..files import check_output, shipped
+from ..recipe.keys import TASK_NAMES, help_text, json_schema, saved_keys
+from ..recipe.words import find_task, read_recipe, refuse_wrong_keys
 
 if TYPE_CHECKING:  # the recipe room loads torch, which `tunebook --help` need not wait for
     from ..recipe import Recipe
@@ -35,7 +40,8 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 
 def parse_recipe(path: Path, task: str | None, words: list[str]) -> "Recipe":
     """Parse a recipe and the overrides behind it on the command line."""
-    from ..recipe import find_task, parse, read_command_line, read_recipe
+    refuse_wrong_keys(find_task(path, task), ["--config", str(path), *words])
+    from ..recipe import parse, read_command_line
 
     config, overrides = read_command_line(words)
     if config is not None:
@@ -78,15 +84,33 @@ def train(
     accelerate: Annotated[str | None, typer.Option(help="File, or name in configs/accelerate.")] = None,
     num_processes: Annotated[int | None, typer.Option(min=1, help="Processes on each node. Default: all GPUs.")] = None,
 ) -> None:
+    task, words = str(context.info_name), ["--config", str(shipped(recipe)), *context.args]
+    refuse_wrong_keys(task, words)
     from .launch import launch
 
-    words = ["--config", str(shipped(recipe)), *context.args]
-    raise typer.Exit(launch(str(context.info_name), words, accelerate, num_processes))
+    raise typer.Exit(launch(task, words, accelerate, num_processes))
 
 
-for task in ("sft", "rm", "dpo"):
-    help_text = f"Train: accelerate launch src/{task}.py --config RECIPE, on all devices of this machine."
-    app.command(task, context_settings=OVERRIDES, help=help_text)(train)
+for task in TASK_NAMES:
+    help = f"Train: accelerate launch src/{task}.py --config RECIPE, on all devices of this machine."
+    keys = f"tunebook schema {task} --text lists the keys of a recipe."
+    app.command(task, context_settings=OVERRIDES, help=help, epilog=keys)(train)
+
+
+@app.command()
+def schema(
+    task: Annotated[str, typer.Argument(help="sft, rm or dpo.")],
+    text: Annotated[bool, typer.Option("--text", help="Show the keys as the script's --help does.")] = False,
+) -> None:
+    """Show the JSON schema of a task's recipe, by which editors complete and check its keys; or the keys as text."""
+    keys = saved_keys()
+    if task not in TASK_NAMES:
+        raise RecipeError(f"{task} is not a task. Name one of {', '.join(TASK_NAMES)}.")
+    if keys is None:
+        from ..recipe.schema import list_keys
+
+        keys = list_keys()
+    typer.echo(help_text(task, keys) if text else json.dumps(json_schema(task, keys), indent=2))
 
 
 @app.command()
@@ -179,11 +203,12 @@ def preview(
     html: Annotated[Path | None, typer.Option(help="Page to write instead of showing the rows here.")] = None,
 ) -> None:
     """Show rows as the model sees them: what is trained, what is only read, what was cut."""
-    from .preview import html_page, preview_rows, print_rows
-
     if html is not None:
         check_output(html, "--html")
-    shown, report = preview_rows(parse_recipe(recipe, task, context.args), rows)
+    parsed = parse_recipe(recipe, task, context.args)
+    from .preview import html_page, preview_rows, print_rows
+
+    shown, report = preview_rows(parsed, rows)
     if html is None:
         print_rows(shown, report, Console())
         return
@@ -202,10 +227,11 @@ def check(
     reward_model: Annotated[str | None, typer.Option(help="Folder of a model to compare chosen with rejected.")] = None,
 ) -> None:
     """Say what a run would do, whether it fits, and what is wrong with it, without weights and without a GPU."""
+    parsed = parse_recipe(recipe, task, context.args)
     from .check import check, read_sharding
 
     sharding = read_sharding(accelerate_config, num_processes)
-    raise typer.Exit(check(parse_recipe(recipe, task, context.args), device, sharding, full, reward_model))
+    raise typer.Exit(check(parsed, device, sharding, full, reward_model))
 
 
 @app.command()
@@ -251,3 +277,7 @@ def benchmark(
     Console().print(scores_table(rows, others, title=model, other_title=compare_to or ""))
     if any(row.status != "completed" for row in rows):
         raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

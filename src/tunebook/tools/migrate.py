@@ -19,11 +19,18 @@ from jinja2 import Template
 from ..errors import RecipeError, user_errors
 from ..files import read_yaml, write_yaml
 from ..recipe import needs, parser, schema
-from ..recipe.command_line import read_words, split_flags
+from ..recipe.command_line import read_words
+from ..recipe.keys import old_keys
+from ..recipe.words import find_task, split_flags
 from .conversions import CONVERSIONS, Settings
 
 LAUNCH = "accelerate launch --config_file"  # a key of the tables that is not one of the recipe
 COMMAND = re.compile(r"train_(sft|rm|dpo)(?:\.py)?(?=\s|$)")
+
+
+def systems() -> list[str]:
+    """Return the names of the tables in migrations/."""
+    return sorted(path.stem for path in Path(__file__).with_name("migrations").glob("*.yaml"))
 
 
 @cache
@@ -31,7 +38,7 @@ def read_table(system: str) -> dict[str, Any]:
     path = Path(__file__).with_name("migrations") / f"{system}.yaml"
     table = read_yaml(path.read_text(encoding="utf-8"), path.name)
     if table["renamed"]:
-        renamed = {name: {"keys": old.new or "", "note": old.note} for name, old in schema.old_keys().items()}
+        renamed = {name: {"keys": old.new or "", "note": old.note} for name, old in old_keys().items()}
         table["settings"] = renamed | table["settings"]
     return table
 
@@ -186,7 +193,7 @@ def migrate(source: str, task: str | None = None) -> Migration:
     """
     path, is_command = Path(source), bool(COMMAND.search(source))
     if not is_command and path.suffix in (".yaml", ".yml"):
-        done = Migration(parser.find_task(path, task), path.name)
+        done = Migration(find_task(path, task), path.name)
         done.carry_over(read_table("handbook"), parser.set_push_key(parser.read_recipe(path)))
     elif is_command or path.is_file():
         task, flags = read_command(source if is_command else path.read_text(encoding="utf-8"), task)
