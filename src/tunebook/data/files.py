@@ -284,7 +284,7 @@ def read_opened(name: str, open_raw: Open, file_name: str) -> Iterator[pa.Table]
     opener = OPENERS.get(file_name.lower().rpartition(".")[2])
 
     def open_file() -> IO[bytes]:
-        return open_raw() if opener is None else opener(open_raw())
+        return open_raw() if opener is None else cast(IO[bytes], opener(open_raw()))
 
     with broken_file(name):
         try:
@@ -314,7 +314,7 @@ def open_zstd(file: IO[bytes]) -> IO[bytes]:
     return io.BufferedReader(pa.CompressedInputStream(file, "zstd"))
 
 
-OPENERS: dict[str, Callable[..., Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "zst": open_zstd}
+OPENERS: dict[str, Callable[..., object]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open, "zst": open_zstd}
 
 
 def describe_undecodable(open_file: Open, name: str) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from io import BytesIO
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import matplotlib.style
 import numpy as np
@@ -41,13 +41,22 @@ THEMES = [[FOLDER / "report.mplstyle", FOLDER / f"{name}.mplstyle"] for name in 
 CURVES = read_yaml((FOLDER / "curves.yaml").read_text(encoding="utf-8"), "curves.yaml")
 
 
+class State(TypedDict):
+    """What is read of transformers' trainer_state.json."""
+
+    global_step: int
+    max_steps: int
+    epoch: float | None
+    log_history: list[dict[str, float]]
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """A run's folder, read: its record, the trainer's state, and the rows that it wrote, empty where there are none."""
 
     name: str
     record: Record
-    state: dict[str, Any]
+    state: State
     benchmarks: list[BenchmarkRow]
     generations: list[dict[str, Any]]
     rewards: pd.DataFrame
@@ -78,15 +87,15 @@ def read_run(folder: Path, name: str) -> RunFolder:
     record = read_json(folder / RECORD_FILE)
     if record is None:
         raise RecipeError(f"{folder} is not the folder of a run (its output_dir): there is no {RECORD_FILE}.")
-    nothing = {"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []}
-    states = [read_json(path / STATE_FILE) for path in (folder, *list_checkpoints(folder)[-1:])]
+    nothing: State = {"global_step": 0, "max_steps": 0, "epoch": 0.0, "log_history": []}
+    states = [cast(State | None, read_json(path / STATE_FILE)) for path in (folder, *list_checkpoints(folder)[-1:])]
     state = max(filter(None, [*states, nothing]), key=lambda state: state["global_step"])
     benchmarks = read_scored_rows(folder / ROWS_FILE)
     generations = [row.model_dump() for row in read_rows(folder / f"{TABLE}.jsonl", GENERATION)]
     return RunFolder(name, cast(Record, record), state, benchmarks, generations, read_rewards(folder / REWARDS_FILE))
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, object] | None:
     """Read a JSON file; None where there is none, or it is damaged."""
     with suppress(FileNotFoundError, ValueError):
         return ROW.validate_json(path.read_bytes())

@@ -11,7 +11,7 @@ gradient, averaged over all ranks as in DDP, ZeRO and FSDP, is then its gradient
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,21 @@ else:
     TRLTrainer = object  # so that the mixin's methods come before those of any trainer
 
 
-Batch = dict[str, Any]  # the arguments of a forward: tensors, lengths, flags
+class Batch(TypedDict, total=False):
+    """The arguments of a forward: a padded batch, (B, L), or the packed row of one, as `varlen_attention` takes it."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None
+    position_ids: torch.Tensor
+    cu_seq_lens_q: torch.Tensor
+    cu_seq_lens_k: torch.Tensor
+    max_length_q: int
+    max_length_k: int
+    key_index: torch.Tensor | None  # a row of a batch without a shared prefix has none
+    context: "ContextGroup"
+    counted: torch.Tensor | None
+    output_router_logits: bool | None
+    num_items_in_batch: torch.Tensor | int | None
 
 
 @dataclass(frozen=True)
@@ -92,10 +106,10 @@ class ContextGroup:
         queries, keys, start = queries[piece], keys[piece], start_k[:-1].expand_as(piece)[piece]
         end_k = keys.cumsum(0)
         key_index = torch.arange(int(end_k[-1]), device=device) + (start - end_k + keys).repeat_interleave(keys)
-        if row.get("key_index") is not None:
-            key_index = torch.cat([row["key_index"], token[tokens:]])[key_index]
+        if (shared := row.get("key_index")) is not None:
+            key_index = torch.cat([shared, token[tokens:]])[key_index]
         own = (first + token[:width]).flatten()
-        part = {
+        part: Batch = {
             "input_ids": F.pad(ids, (0, fill))[:, own],
             "position_ids": torch.cat([positions, token[None, :fill]], dim=1)[:, own],
             "cu_seq_lens_q": F.pad(queries.cumsum(0), (1, 0)).int(),

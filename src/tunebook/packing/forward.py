@@ -78,7 +78,7 @@ def pack_rows(input_ids: torch.Tensor, attention_mask: torch.Tensor, share_prefi
     if share_prefix:
         source[half:] = torch.where(own[half:], source[half:], source[:half])
     keys = length if share_prefix else queries
-    packed = {
+    packed: Batch = {
         "input_ids": ids[own][None],
         "position_ids": column[own][None],
         "cu_seq_lens_q": F.pad(end, (1, 0)).int(),
@@ -109,7 +109,9 @@ class Layout:
         row, positions = batch, scored
         mine: torch.Tensor | slice = slice(None)
         if self.packing and "cu_seq_lens_q" not in batch:
-            packed, source = pack_rows(batch["input_ids"], batch["attention_mask"], self.share_prefix)
+            mask = batch["attention_mask"]
+            assert mask is not None
+            packed, source = pack_rows(batch["input_ids"], mask, self.share_prefix)
             row, positions = {**batch, "attention_mask": None, **packed}, source.flatten()[scored]
         if self.context is not None:
             row, positions, mine = self.context.take_share(row, positions)
@@ -169,7 +171,7 @@ def pack_causal_lm(
         # calls the head, or unshards it.
         if isinstance(head := self.get_output_embeddings(), FSDPModule):
             head.unshard()
-        return _score_labels(functools.partial(score, *args), self, backbone, layout, labels, kwargs)
+        return _score_labels(functools.partial(score, *args), self, backbone, layout, labels, cast(Batch, kwargs))
 
     _replace_forward(causal_lm, forward)
 
@@ -277,7 +279,8 @@ def pack_reward_model(
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         last = (mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
         scored = last + input_ids.shape[1] * torch.arange(len(last), device=last.device)
-        row, positions, mine = layout.lay_out({"input_ids": input_ids, "attention_mask": mask, **kwargs}, scored)
+        batch = cast(Batch, {"input_ids": input_ids, "attention_mask": mask, **kwargs})
+        row, positions, mine = layout.lay_out(batch, scored)
         counted = row.pop("counted", row.get("key_index"))
         with backbone.scoring(positions, output_router_logits), packed_row() if layout.packing else nullcontext():
             hidden = self.base_model(**row).last_hidden_state

@@ -96,7 +96,7 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
     def prediction_step(
         self,
         model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor | Any],
+        inputs: Inputs,
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
