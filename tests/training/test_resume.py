@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_same_weights, logged, read_cases, train
+from conftest import assert_same_weights, copy_until, logged, read_cases, train
 from safetensors.torch import load_file, save_file
 
 from tunebook.errors import RecipeError
@@ -129,3 +129,29 @@ def test_a_best_checkpoint_that_is_gone_is_said_and_a_new_one_is_found(best, tin
     trainer = train("sft", tiny, sft_rows, folder, **BEST | {"max_steps": 5})
     assert "is not there any more" in caplog.text
     assert trainer.state.best_global_step == 4
+
+
+EARLY = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 2, "test_split_size": 8}
+EARLY |= {"early_stopping_patience": 2, "max_steps": 6}
+
+
+@pytest.fixture(scope="module")
+def stopped(tiny, sft_rows, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stopped") / "o"
+    train("sft", tiny, sft_rows, folder, **EARLY, greater_is_better=True)  # so that the first step is the best
+    return folder
+
+
+def test_a_run_ends_after_as_many_evaluations_without_a_better_metric_as_it_may(stopped, tiny, sft_rows, tmp_path):
+    state = json.loads((stopped / "trainer_state.json").read_text())
+    assert (state["best_global_step"], state["global_step"]) == (1, 3)
+    assert {path.name for path in stopped.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-3"}
+    assert train("sft", tiny, sft_rows, tmp_path / "o", **EARLY).state.global_step == 6  # its loss falls all the time
+
+
+@pytest.mark.parametrize("step", [2, 3])
+def test_a_run_that_ended_early_ends_at_the_same_step_when_it_is_resumed(step, stopped, tiny, sft_rows, tmp_path):
+    copy_until(step, stopped, tmp_path / "o")
+    trainer = train("sft", tiny, sft_rows, tmp_path / "o", **EARLY, greater_is_better=True)
+    assert trainer.state.global_step == 3 and len(logged(trainer, "loss")) == 3
+    assert_same_weights(tmp_path / "o", stopped)

@@ -4,10 +4,12 @@ Each callback refuses what it cannot do (`validate`, before rows and weights) an
 `hub.py`, `benchmarks.py`, `generations.py` and `pairs.py`; here are the user's own, and what is done with all of them.
 """
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import TrainerCallback
+import numpy as np
+from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from ..packing.context_parallel import TRLTrainer
 from ..recipe.configs import CausalLMConfig, RewardConfig, RunConfig, ScriptArguments
@@ -15,6 +17,39 @@ from .benchmarks import BenchmarkCallback
 from .generations import GenerationCallback, Prompt, import_object
 from .hub import PushToHubRevisionCallback
 from .pairs import PairAccuracyCallback
+
+logger = logging.getLogger(__name__)
+
+
+class EarlyStopping(TrainerCallback):
+    """Ends training after `early_stopping_patience` evaluations in a row without a better metric.
+
+    They are counted in the log, so a resumed run counts on, and one that has ended so trains nothing when it is started
+    again. transformers' EarlyStoppingCallback counts from 0 at each start.
+    """
+
+    def on_train_begin(self, args: RunConfig, state: TrainerState, control: TrainerControl, **_: object) -> None:  # type: ignore[override]
+        if state.best_metric is not None:
+            self.end_if_due(args, state, control)
+
+    def on_evaluate(  # type: ignore[override]
+        self, args: RunConfig, state: TrainerState, control: TrainerControl, metrics: dict[str, float], **_: object
+    ) -> None:
+        value = metrics.get(f"eval_{(args.metric_for_best_model or 'loss').removeprefix('eval_')}", np.nan)
+        best = np.nan if state.best_metric is None else state.best_metric
+        worse = np.less_equal if args.greater_is_better else np.greater_equal
+        if np.isnan(value) or worse(value, best):  # the Trainer takes it for the best, or does not, after this
+            self.end_if_due(args, state, control)
+            control.should_save |= control.should_training_stop and args.save_strategy in ("steps", "epoch")
+
+    def end_if_due(self, args: RunConfig, state: TrainerState, control: TrainerControl) -> None:
+        best, patience = state.best_global_step, args.early_stopping_patience
+        since = {entry["step"] for entry in state.log_history if "eval_runtime" in entry}
+        since = {step for step in since if best is None or step > best}
+        if patience and len(since) >= patience and not control.should_training_stop:
+            control.should_training_stop = True
+            text = "Training ends at step %d: %d evaluations in a row without a better %s than at step %s."
+            logger.info(text, state.global_step, len(since), args.metric_for_best_model, best)
 
 
 def import_callbacks(names: Sequence[str]) -> list[type[TrainerCallback]]:
@@ -68,6 +103,8 @@ def build_callbacks(
         callbacks.append(GenerationCallback(trainer, script, prompts))
     if isinstance(args, RewardConfig) and args.pair_benchmarks:
         callbacks.append(PairAccuracyCallback(trainer, script))
+    if args.early_stopping_patience:
+        callbacks.append(EarlyStopping())
     return callbacks + [cls() for cls in import_callbacks(args.callbacks)]
 
 

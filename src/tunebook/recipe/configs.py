@@ -29,6 +29,7 @@ else:
 T = TypeVar("T")
 
 EVALUATION = "eval_strategy: steps or epoch, or do_eval: true"
+EVALUATES = "eval_strategy: steps or epoch"
 PACKING = "packing: true"
 CONTEXT = "context_parallel_size of 2 or more"
 SCORE_HEAD = "use_peft: false; an adapter's head is called score"
@@ -187,6 +188,12 @@ class RunConfig(TrainingArguments):
     )
     dry_run: bool = key(False, "Print what the run would do and take, and what is wrong with it; train nothing.")
     force_resume: bool = key(False, "Resume although the model, the data or the seed changed.")
+    early_stopping_patience: int | None = key(
+        None,
+        "End after this many evaluations in a row without a better metric_for_best_model.",
+        EVALUATES,
+        ge=1,
+    )
     save_total_gb: float | None = key(
         None, "Delete the oldest checkpoints while all together are larger (GB).", SAVES, gt=0
     )
@@ -209,6 +216,8 @@ class RunConfig(TrainingArguments):
             check_fsdp_device()
             check_fsdp(self)
             disable_fsdp_ram_efficient_loading()  # saves nothing, and fails on tied weights under PEFT
+        if self.early_stopping_patience and self.metric_for_best_model is None:
+            self.metric_for_best_model = "loss"
         # PATCH(transformers<5.25): `optim` is one of a fixed list, so another stands there while transformers checks
         # it. Waits for https://github.com/huggingface/transformers/issues/39537. Delete when muon is in the list.
         muon = self.optim == "muon"

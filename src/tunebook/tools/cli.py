@@ -1,9 +1,11 @@
 """Train: sft, rm, dpo. Before: recipes, schema, migrate, preview, check.
 
-After: merge, score, benchmark, push, report."""
+After: chat, merge, score, benchmark, push, report."""
 
 import json
 import logging
+import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -165,6 +167,23 @@ def score(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id of a model or adapter.")],
+    prompt: Annotated[str | None, typer.Option(help="Answer this and end. Default: talk, line by line.")] = None,
+    system: Annotated[str | None, typer.Option(help="System turn.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 512,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: no sampling. Default: the model's own.")] = None,
+    revision: Annotated[str, typer.Option(help="Revision of a Hub model.")] = "main",
+) -> None:
+    """Talk with a model, trained or not, or with an adapter on its base model."""
+    with redirect_stdout(sys.stderr):  # transformers prints when it is imported with WANDB_MODE=offline
+        from .chat import chat
+
+    heat = {} if temperature is None else {"temperature": temperature or None, "do_sample": temperature > 0}
+    chat(model, prompt, system, revision, max_new_tokens=max_new_tokens, **heat)
+
+
+@app.command()
 def push(run: Annotated[Path, typer.Argument(help="Folder of a run (its output_dir).")]) -> None:
     """Push the models that a run could not push."""
     from huggingface_hub import HfApi
@@ -241,7 +260,8 @@ def migrate(
     task: Task = None,
 ) -> None:
     """Turn Open-R1's, the alignment-handbook's and OpenRLHF's settings into a recipe."""
-    from .migrate import migrate
+    with redirect_stdout(sys.stderr):
+        from .migrate import migrate
 
     if out is not None:
         check_new(out, "--out")

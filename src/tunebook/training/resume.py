@@ -18,7 +18,8 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, PredictionOutput
 
 from .. import checkpoints
@@ -216,7 +217,7 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         if manifest.get("parameters") not in (None, self.record["parameters"]):
             raise RecipeError(f"{resume_from_checkpoint} trained other parameters. {checkpoints.SET_BACK}.")
         self.state.compute_steps(self.args, max_steps)
-        self._find_best(Path(resume_from_checkpoint).parent)
+        self._find_best(Path(resume_from_checkpoint))
         for name, value in self.order_settings().items():
             if (other := manifest.get(name)) != value:
                 before, now = str(other).lower(), str(value).lower()
@@ -245,12 +246,14 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         self.state.global_step = manifest["epoch"] * num_update_steps_per_epoch + steps
         return manifest["epoch"], steps * self.args.gradient_accumulation_steps
 
-    def _find_best(self, folder: Path) -> None:
-        """Set the best checkpoint, whose path may be that of another folder: of a run that was moved or copied."""
+    def _find_best(self, checkpoint: Path) -> None:
+        """Set the best checkpoint, whose path may be that of another folder: of a run that was moved or copied. The
+        best evaluation may also be at a step of which there never was a checkpoint."""
         state = self.state
-        if state.best_global_step is None:
+        saved = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME)).best_model_checkpoint
+        if state.best_global_step is None or saved is None:
             return
-        path = folder / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
+        path = checkpoint.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
         if checkpoints.complete_manifest(path) is not None:
             state.best_model_checkpoint = str(path)
             return
@@ -285,9 +288,9 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
                 self.lr_scheduler.step()
 
     def _run_epoch(self, *args: object, **kwargs: object) -> None:
-        # PATCH(transformers<5.25): a finished run of `max_steps` is trained one step further each time it is started
-        # again. Waits for transformers/trainer.py:1827. Delete when the epoch's loop checks max_steps first.
-        if self.state.global_step >= self.state.max_steps:
+        # PATCH(transformers<5.25): a finished run, of `max_steps` or ended early, is trained one step further each time
+        # it is started again. Waits for transformers/trainer.py:1827. Delete when the epoch's loop checks both first.
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
         else:
             super()._run_epoch(*args, **kwargs)
