@@ -36,9 +36,18 @@ def test_nodes_are_those_of_the_environment(variables, flags):
     assert node_flags(variables, processes=8) == flags
 
 
-def test_nodes_that_cannot_meet_are_refused():
-    with pytest.raises(RecipeError, match="MASTER_ADDR is not set"):
-        node_flags({"NNODES": "2"}, processes=1)
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NNODES": "2"}, "MASTER_ADDR is not set"),
+        ({"NNODES": "1:2", "MASTER_ADDR": "first"}, "NNODES is 1:2, which is not a number"),
+        ({"NNODES": "2", "NODE_RANK": "2", "MASTER_ADDR": "first"}, "NODE_RANK is 2, and NNODES is 2"),
+        ({"NNODES": "2", "MASTER_PORT": "http", "MASTER_ADDR": "first"}, "MASTER_PORT is http"),
+    ],
+)
+def test_variables_of_nodes_that_cannot_meet_are_refused(variables, message):
+    with pytest.raises(RecipeError, match=message):
+        node_flags(variables, processes=1)
 
 
 @pytest.mark.parametrize(

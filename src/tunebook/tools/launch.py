@@ -23,6 +23,20 @@ def choose_config(devices: int, processes: object) -> str:
     return "ddp" if processes != 1 else "single" if devices else "cpu"
 
 
+def read_number(variables: Mapping[str, str], *names: str, default: int) -> int:
+    """Return the first of these variables that is set.
+
+    Raises:
+        RecipeError: it is not a number.
+    """
+    for name in names:
+        if value := variables.get(name):
+            if not value.isdecimal():
+                raise RecipeError(f"{name} is {value}, which is not a number. Set it to one, or unset it.")
+            return int(value)
+    return default
+
+
 def node_flags(variables: Mapping[str, str], processes: int) -> dict[str, object]:
     """Return the launcher's flags for this node, from the variables of torchrun's users or of a Slurm job step.
 
@@ -30,11 +44,14 @@ def node_flags(variables: Mapping[str, str], processes: int) -> dict[str, object
         processes: on each node.
 
     Raises:
-        RecipeError: there are several nodes, and it is not known where they meet.
+        RecipeError: there are several nodes, and it is not known where they meet; a variable has no sense.
     """
-    nodes = int(variables.get("NNODES") or variables.get("SLURM_STEP_NUM_NODES") or 1)
-    rank = int(variables.get("NODE_RANK") or variables.get("SLURM_NODEID") or 0)
-    port = int(variables.get("MASTER_PORT") or 20000 + int(variables.get("SLURM_JOB_ID") or 9500) % 10000)
+    nodes = read_number(variables, "NNODES", "SLURM_STEP_NUM_NODES", default=1)
+    rank = read_number(variables, "NODE_RANK", "SLURM_NODEID", default=0)
+    port = 20000 + read_number(variables, "SLURM_JOB_ID", default=9500) % 10000
+    port = read_number(variables, "MASTER_PORT", default=port)
+    if not rank < nodes:
+        raise RecipeError(f"NODE_RANK is {rank}, and NNODES is {nodes}. The nodes are numbered from 0.")
     if nodes == 1:
         return {"num_processes": processes}
     address = variables.get("MASTER_ADDR")

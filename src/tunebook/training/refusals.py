@@ -93,6 +93,8 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
         raise RecipeError("`fp16` needs a GPU: on a CPU it would train in float32. Remove the key.")
     if args.activation_offloading and not has_accelerator:
         raise RecipeError("`activation_offloading` moves activations off a GPU, and there is none. Remove the key.")
+    if recipe.model.attn_implementation == "flex_attention" and not has_accelerator:
+        raise RecipeError("`attn_implementation: flex_attention` has no backward pass on a CPU. Set it to sdpa.")
     if isinstance(args, DPOConfig) and args.ref_model_name_or_path is not None:
         reference = args.ref_model_name_or_path, args.ref_model_revision
         check_model(*reference, args.trust_remote_code, key="ref_model_name_or_path")
