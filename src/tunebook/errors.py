@@ -57,7 +57,14 @@ class PlainFormatter(logging.Formatter):
 
 
 def set_up_log() -> None:
-    """Log messages, and nothing else, to stderr, unless a log is set up already."""
+    """Log messages, and nothing else, to stderr, unless a log is set up already. Where stderr is not a terminal, the
+    libraries that load after this draw no bars."""
+    if not sys.stderr.isatty():
+        for name in (
+            "HF_HUB_DISABLE_PROGRESS_BARS",
+            "HF_DATASETS_DISABLE_PROGRESS_BARS",
+        ):  # transformers reads the first
+            os.environ.setdefault(name, "1")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PlainFormatter("%(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)

@@ -33,14 +33,20 @@ def test_without_a_terminal_each_logging_step_and_evaluation_is_one_plain_line(
     trainer = train("sft", tiny, sft_rows, tmp_path / "o", **SAVED)
     lines = [record.message for record in caplog.records if record.name == "tunebook.training.progress"]
     patterns = [
+        r"Training starts: 4 steps, ([\d,]+) of \1 parameters\.",
         r"step 2/4  loss \S+  [\d,]+ tokens/s  \d\d:\d\d left  checkpoint at 3",
         r"step 4/4  loss \S+  [\d,]+ tokens/s  00:00 left  checkpoint at 4",
         r"step 4/4  evaluation: loss \S+, .*mean_token_accuracy \S+",
     ]
-    assert [bool(re.fullmatch(*pair)) for pair in zip(patterns, lines, strict=True)] == [True] * 3
+    assert [bool(re.fullmatch(*pair)) for pair in zip(patterns, lines, strict=True)] == [True] * 4
     loss, speed = (logged(trainer, name)[0] for name in ("loss", "tokens_per_second"))
-    assert f"loss {loss:.4g}  {speed:,.0f} tokens/s" in lines[0]
+    assert f"loss {loss:.4g}  {speed:,.0f} tokens/s" in lines[1]
     assert "{'loss'" not in "".join(capsys.readouterr())
+
+
+def test_a_run_shorter_than_logging_steps_logs_its_loss(tiny, sft_rows, tmp_path, caplog):
+    trainer = train("sft", tiny, sft_rows, tmp_path / "o", max_steps=3, logging_steps=10)
+    assert len(logged(trainer, "loss")) == 1 and "step 3/3  loss" in caplog.text
 
 
 def test_on_a_terminal_the_line_is_live(tiny, sft_rows, tmp_path, monkeypatch):

@@ -351,3 +351,11 @@ print(min(returned), max(kept))
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     returned, kept = map(int, done.stdout.splitlines()[-1].split())
     assert returned > 100 * max(kept, 1)
+
+
+def test_an_evaluation_changes_nothing_in_4_bits(tiny, sft_rows, tmp_path):
+    """bitsandbytes evaluates in a layout whose products have no gradients, on a CPU with bf16 instructions."""
+    keys = {"use_peft": True, "lora_dropout": 0.0, "load_in_4bit": True, "test_split_size": 8, "max_steps": 4}
+    for name, evaluation in {"with": {"eval_strategy": "steps", "eval_steps": 1}, "without": {"do_eval": True}}.items():
+        train("sft", tiny, sft_rows, tmp_path / name, **keys, **evaluation)
+    assert_same_weights(tmp_path / "with", tmp_path / "without")

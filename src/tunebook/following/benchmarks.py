@@ -33,7 +33,7 @@ from .trackers import log_at_step
 
 logger = logging.getLogger(__name__)
 
-LOG_TAIL = 20  # lines
+LOG, LOG_TAIL = "log.txt", 20  # lines
 SLURM_JOBS = 64  # submitted at a time
 
 
@@ -165,6 +165,9 @@ class BenchmarkJobs:
     def step_folder(self, step: int | None) -> Path:
         return self.folder / ("model" if step is None else f"{step:09d}")
 
+    def row_folder(self, row: BenchmarkRow) -> Path:
+        return self.step_folder(row.step) / row.benchmark
+
     def finished(self, step: int) -> list[BenchmarkRow]:
         """Return the rows of a step that this process or an earlier one of the run completed."""
         return [row for row in read_scored_rows(self.rows_file) if row.step == step and row.status == "completed"]
@@ -198,8 +201,12 @@ class BenchmarkJobs:
 
     def wait(self) -> list[BenchmarkRow]:
         """Wait until nothing is left to run; return the rows."""
-        for _, result in self.unfinished:
-            result.wait()
+        for row, result in self.unfinished:
+            start = time.monotonic()
+            while not result.ready():
+                seconds, log = time.monotonic() - start, self.row_folder(row) / LOG
+                logger.info("%s runs on %s, for %d s so far. Its log is %s.", row.benchmark, row.model, seconds, log)
+                result.wait(60)
         return self.poll()
 
     def run(self, model: str, revision: str | None = None) -> list[BenchmarkRow]:
@@ -208,9 +215,9 @@ class BenchmarkJobs:
         return self.wait()
 
     def _run(self, benchmark: Path, row: BenchmarkRow) -> None:
-        folder, device = self.step_folder(row.step) / row.benchmark, self.free_devices.get()
+        folder, device = self.row_folder(row), self.free_devices.get()
         timeout: float | None = self.timeout
-        log, start = folder / "log.txt", time.monotonic()
+        log, start = folder / LOG, time.monotonic()
         merges = has_larger_vocabulary(row.model)
         model = str(folder / "merged") if merges else row.model
         command = lm_eval_command(benchmark, model, folder, row.revision)

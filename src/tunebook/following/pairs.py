@@ -1,10 +1,11 @@
 """Preference pairs by a reward model: the rewards of rows, and accuracy by subset."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pandas as pd
@@ -25,6 +26,9 @@ from .generations import map_over_ranks, render_settings
 from .scores import ROWS_FILE, BenchmarkRow, Metrics, write_scored_rows
 from .trackers import log_at_step
 
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Item = tuple[object, object]  # prompt and completion, each a text or messages
 Score = Callable[[list[Item]], list[float]]  # their rewards
 
@@ -109,13 +113,23 @@ def score_completions(trainer: TRLTrainer, renderer: Renderer, items: list[Item]
     return rewards
 
 
+def reported(items: Sequence[T], words: str) -> Iterator[T]:
+    """Yield items, and log every 10 seconds how many of them are done."""
+    said = time.monotonic()
+    for done, item in enumerate(items):
+        if time.monotonic() - said > 10:
+            logger.info("%d of %d %s.", done, len(items), words)
+            said = time.monotonic()
+        yield item
+
+
 @torch.inference_mode()
 def score_ids(model: PreTrainedModel | PeftModel, rows: Sequence[Sequence[int]], batch_size: int = 8) -> list[float]:
     """Return the reward of each row of token ids, read at its last token. Rows of like length share a batch."""
     pad_id, device = model.config.get_text_config().pad_token_id, model.device
     rewards = [0.0] * len(rows)
     by_length = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(rows), batch_size):
+    for start in reported(range(0, len(rows), batch_size), "batches of rows are scored"):
         batch = by_length[start : start + batch_size]
         # A model in training may share prefixes between the halves of a batch, so a batch has an even number of rows
         ids = [torch.tensor(rows[i]) for i in batch + batch[-1:] * (len(batch) % 2)]

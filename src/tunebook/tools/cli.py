@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 from ..errors import RecipeError, exit_on_error, user_errors
 from ..files import check_output, shipped
 from ..recipe.keys import TASK_NAMES, help_text, json_schema, saved_keys
-from ..recipe.words import find_task, read_recipe, refuse_wrong_keys
+from ..recipe.words import find_task, read_recipe, refuse_wrong_keys, split_flags
 
 if TYPE_CHECKING:  # the recipe room loads torch, which `tunebook --help` need not wait for
     from ..recipe import Recipe
@@ -42,12 +42,12 @@ app = typer.Typer(cls=Commands, no_args_is_help=True, pretty_exceptions_enable=F
 
 def parse_recipe(path: Path, task: str | None, words: list[str]) -> "Recipe":
     """Parse a recipe and the overrides behind it on the command line."""
+    if config := split_flags(words).get("config"):
+        raise RecipeError(f"--config {' '.join(config)}: the recipe is the first argument, {path}.")
     refuse_wrong_keys(find_task(path, task), ["--config", str(path), *words])
     from ..recipe import parse, read_command_line
 
-    config, overrides = read_command_line(words)
-    if config is not None:
-        raise RecipeError(f"--config {config}: the recipe is the first argument, {path}.")
+    _, overrides = read_command_line(words)
     return parse(find_task(path, task), read_recipe(path), overrides)
 
 
@@ -211,6 +211,7 @@ def report(
     check_output(page, "--out")
     with user_errors(OSError):
         write_report(runs, page)
+    typer.echo(f"The page is in {page}.")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -232,6 +233,7 @@ def preview(
         print_rows(shown, report, Console())
         return
     write(html, html_page(shown, report, str(recipe)))
+    typer.echo(f"The page is in {html}.")
 
 
 @app.command(context_settings=OVERRIDES)
@@ -270,6 +272,7 @@ def migrate(
         typer.echo(done, nl=False)
     else:
         write(out, str(done))
+        typer.echo(f"The recipe is in {out}.")
     for line in done.remarks():
         typer.echo(line, err=True)
 
@@ -295,6 +298,7 @@ def benchmark(
     rows = jobs(out / "model").run(model, revision)
     others = jobs(out / "compare_to").run(compare_to) if compare_to else []
     Console().print(scores_table(rows, others, title=model, other_title=compare_to or ""))
+    typer.echo(f"Results and logs are in {out}.")
     if any(row.status != "completed" for row in rows):
         raise typer.Exit(1)
 

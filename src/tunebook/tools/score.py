@@ -5,6 +5,7 @@ import logging
 import math
 from pathlib import Path
 
+import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.layouts import choose_layout
@@ -13,7 +14,7 @@ from ..data.sources import load_source
 from ..errors import RecipeError, foreign
 from ..following.pairs import render_ids, score_ids
 from ..packing.forward import pack_reward_model
-from ..training.models import load_reward_model
+from ..training.models import check_model, load_reward_model
 
 logger = logging.getLogger(__name__)
 
@@ -24,12 +25,14 @@ def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     Raises:
         RecipeError: when it cannot be loaded.
     """
+    check_model(name, "main", False, key="MODEL")
     with foreign(name):
         tokenizer = AutoTokenizer.from_pretrained(name)
         model = load_reward_model(name)
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
     pack_reward_model(model, packing=False)
+    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type] # hidden by a wrapper
     return model.eval(), tokenizer
 
 

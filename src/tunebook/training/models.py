@@ -221,7 +221,21 @@ def read_model(architecture: type, recipe: Recipe, name: str, revision: str) -> 
             model = put_adapter(model, name, revision).merge_and_unload()
             logger.info("%s is an adapter: %s with it merged is trained.", name, base)
     accept_selective(model)
+    if recipe.model.load_in_4bit and not torch.accelerator.is_available():
+        keep_layout(model)
     return model
+
+
+def keep_layout(model: torch.nn.Module) -> None:
+    """Keep 4-bit weights as training needs them, also through an evaluation."""
+    # PATCH(bitsandbytes<0.51): on a CPU with bf16 instructions, a layer that is evaluated lays its weights out for a
+    # kernel that has no backward pass, and training goes through that kernel, too. Waits for
+    # bitsandbytes/nn/modules.py:612. Delete when a layer that trains restores its weights.
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def fit_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -46,9 +46,21 @@ class Progress(ProgressCallback):
 
     training_bar: "tqdm[Never] | None"  # type: ignore[assignment]
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
+    def on_train_begin(  # type: ignore[override]
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: object,
+        model: PreTrainedModel | PeftModel,
+        **kwargs: object,
+    ) -> None:
         if state.is_world_process_zero:
-            self.start, self.first_step = time.monotonic(), state.global_step
+            first, last = state.global_step, state.max_steps
+            self.start, self.first_step = time.monotonic(), first
+            if first < last:
+                trained, total = count_parameters(model)
+                steps = f"{last} steps" if first == 0 else f"steps {first + 1} to {last}"
+                logger.info("Training starts: %s, %s of %s parameters.", steps, f"{trained:,}", f"{total:,}")
             self.training_bar = tqdm(
                 total=state.max_steps,
                 initial=state.global_step,
@@ -57,6 +69,14 @@ class Progress(ProgressCallback):
                 bar_format="{n_fmt}/{total_fmt} {bar:20} {remaining} left{postfix}",
             )
         self.current_step = state.global_step
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        # The last steps may be fewer than `logging_steps`; a short run would log no loss at all
+        if state.global_step >= state.max_steps and args.logging_strategy != "no":
+            control.should_log = True
 
     def on_prediction_step(  # type: ignore[override]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
@@ -185,6 +205,14 @@ def token_lengths(dataset: Dataset, max_length: int | None, shares_prefix: bool)
     return float((lengths**2).sum() / lengths.sum()), float(share)
 
 
+def count_parameters(model: PreTrainedModel | PeftModel) -> tuple[int, int]:
+    """Return how many parameters a model has that are trained, and in all."""
+    if isinstance(model, PeftModel):  # counts quantized weights right
+        trained, total = model.get_nb_trainable_parameters()
+        return trained, total
+    return get_model_param_count(model, trainable_only=True), get_model_param_count(model)
+
+
 def model_flops(model: PreTrainedModel | PeftModel, length: float, reference_passes: int = 0) -> float:
     """Return the FLOPs of a trained token: 6N + 12LHQT in full training (PaLM, appendix B,
     https://arxiv.org/abs/2204.02311), for N parameters, L layers of H heads of size Q, and rows of T tokens.
@@ -198,9 +226,7 @@ def model_flops(model: PreTrainedModel | PeftModel, length: float, reference_pas
         length: T.
         reference_passes: forward passes of a reference model of the same size: 1 in DPO, which takes 8N.
     """
-    trained, total = get_model_param_count(model, trainable_only=True), get_model_param_count(model)
-    if isinstance(model, PeftModel):  # counts quantized weights right
-        trained, total = model.get_nb_trainable_parameters()
+    trained, total = count_parameters(model)
     own = without_adapter(model)
     embeddings, head = own.get_input_embeddings(), own.get_output_embeddings()
     if head is None or head.weight is not embeddings.weight:

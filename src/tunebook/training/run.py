@@ -3,7 +3,9 @@
 import ctypes
 import json
 import logging
+import os
 import platform
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -23,7 +25,7 @@ from ..files import write_yaml
 from ..following import build_callbacks, finish_callbacks, report_run, validate_callbacks
 from ..following.generations import TABLE, Prompt, load_prompts
 from ..following.hub import PUSHED
-from ..following.report import RECORD_FILE
+from ..following.report import RECORD_FILE, REPORT
 from ..following.scores import ROWS_FILE
 from ..following.trackers import guard_trackers, set_wandb_environment
 from ..packing.forward import without_adapter
@@ -125,8 +127,11 @@ def set_up_logging(args: TrainingArguments) -> None:
     if not ours.isEnabledFor(logging.DEBUG):  # parse has seen log_level
         ours.setLevel(logging.INFO if main else logging.ERROR)
     transformers.logging.set_verbosity(args.get_process_log_level() if main else logging.ERROR)
-    if not main:
+    if not (main and sys.stderr.isatty()):
         datasets.disable_progress_bars()
+        transformers.logging.disable_progress_bar()
+    if args.use_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed, once it loads, warns that it found no GPU
 
 
 def log_resolved(recipe: Recipe) -> None:
@@ -183,11 +188,9 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
     result = trainer.train(resume_from_checkpoint=str(run.checkpoint) if run.checkpoint else None)
     with checkpoints.saving("The model", output_dir):
         (output_dir / "all_results.json").unlink(missing_ok=True)  # a full disk may have cut it; it is written anew
-        trainer.log_metrics("train", result.metrics)
         trainer.save_metrics("train", result.metrics)
         if args.do_eval:
             metrics = trainer.evaluate_final()
-            trainer.log_metrics("eval", metrics)
             trainer.save_metrics("eval", metrics)
         trainer.save_final()
     if args.push_to_hub:
@@ -198,6 +201,6 @@ def fit(trainer: RunMixin, run: Run) -> TrainOutput:
     finally:
         if trainer.is_world_process_zero():
             report_run(output_dir)
-    logger.info("The model is in %s.", output_dir)
+    logger.info("The model is in %s, and what was logged in %s.", output_dir, output_dir / REPORT)
     trainer.end()
     return result
