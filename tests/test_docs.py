@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tomllib
 from textwrap import dedent, indent
 
 import pytest
@@ -33,8 +34,14 @@ COMMANDS = sorted(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_in_the_docs_is_one(command):
-    words = shlex.split(command)
-    if words[0] == "make":
+    words = shlex.split(command, comments=True)
+    if words[0] in ("pip", "uv"):
+        extras = re.findall(r"\w[\w-]*", "".join(re.findall(r"\.\[(.*)\]", command)))
+        assert (
+            set(extras)
+            <= tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"].keys()
+        )
+    elif words[0] == "make":
         assert re.search(rf"^[a-z ]*\b{words[1]}\b.*:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     elif words[0] == "tunebook":
         known = {name for name in CliRunner().invoke(app, [words[1], "--help"]).output.split() if name.startswith("--")}
