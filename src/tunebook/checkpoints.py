@@ -29,7 +29,7 @@ warn_once = cache(logger.warning)
 
 MANIFEST = "manifest.json"
 BEGUN = f"{MANIFEST}.partial"  # in a checkpoint that is being saved, or whose save was interrupted
-FIXED = ("data", "seed", "order", "reference")  # a run with a different one is a different run
+FIXED = ("data", "seed", "order", "reference", "adapter")  # a run with a different one is a different run
 SET_BACK = "Set that back, or another `output_dir`, or `resume_from_checkpoint: never`"
 # How Python, safetensors and torch.save, which loses the error's number, report a full disk or quota
 FULL = re.compile(rf"(Errno|os error) ({errno.ENOSPC}|{errno.EDQUOT})\b|inline_container\.cc")
@@ -53,6 +53,7 @@ class Record(TypedDict, total=False):
     task: str
     model: str
     weights: str
+    adapter: str | None  # that is trained further
     reference: str | None
     seed: int
     order: Mapping[str, object]

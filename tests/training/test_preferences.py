@@ -42,7 +42,8 @@ from tunebook.tools.cli import app
 from tunebook.tools.merge import merge
 from tunebook.tools.score import load_scorer, score_file
 from tunebook.training.models import load_reward_model
-from tunebook.training.trainers import PairPackingMixin, offloaded_parameters
+from tunebook.training.sharded import offloaded_parameters
+from tunebook.training.trainers import PairPackingMixin
 
 BENCHMARKED = {"do_eval": True, "test_split_size": 9}
 LORA = {"use_peft": True, "lora_target_modules": ["q_proj"], "learning_rate": 0.05}

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from ..errors import RecipeError, foreign
 from ..files import read_text
@@ -26,10 +27,10 @@ def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
     Raises:
         RecipeError: when the tokenizer, the template or the EOS token does not exist, or a new token cannot be added.
     """
-    name, args = recipe.model.model_name_or_path, recipe.training
-    source = {"revision": recipe.model.model_revision, "trust_remote_code": args.trust_remote_code}
+    args = recipe.training
+    name, revision = tokenizer_source(recipe)
     with foreign("The tokenizer"):
-        tokenizer = AutoTokenizer.from_pretrained(name, **source)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
         if args.chat_template_path is not None:
             copy_template(args.chat_template_path, tokenizer)
     if not tokenizer.is_fast:
@@ -44,11 +45,24 @@ def load_recipe_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
             )
         tokenizer.eos_token = args.eos_token
     if tokenizer.eos_token is None:
-        find_eos_token(tokenizer, AutoConfig.from_pretrained(name, **source).get_text_config().eos_token_id)
+        model, source = recipe.model.model_name_or_path, {"revision": recipe.model.model_revision}
+        config = AutoConfig.from_pretrained(model, trust_remote_code=args.trust_remote_code, **source)
+        find_eos_token(tokenizer, config.get_text_config().eos_token_id)
     set_pad_token(tokenizer, distinct=recipe.task == "rm")
     if any(added := added_ids(tokenizer)):
         logger.info("The tokenizer puts %r before a text and %r after it.", *map(tokenizer.decode, added))
     return tokenizer
+
+
+def tokenizer_source(recipe: Recipe) -> tuple[str, str]:
+    """Return name and revision of what has the recipe's tokenizer: the adapter that is trained further, with the tokens
+    and the template that it was trained with, if it has one; else the model."""
+    args = recipe.model
+    if args.adapter_name_or_path is not None:
+        adapter = args.adapter_name_or_path, args.adapter_revision
+        if get_tokenizer_config(adapter[0], revision=adapter[1]):
+            return adapter
+    return args.model_name_or_path, args.model_revision
 
 
 def copy_template(path: str, tokenizer: PreTrainedTokenizerBase) -> None:

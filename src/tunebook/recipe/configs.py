@@ -48,7 +48,7 @@ NO_MESSAGES = "no messages_column; a row has one or the other"
 NO_COMPLETION = "no completion_column; a row has one or the other"
 NO_TOKEN_LIMIT = "no max_tokens_per_batch; it decides how many pairs a batch has"
 NO_PRECOMPUTED = "precompute_ref_log_probs: false; that keeps no reference"
-OTHER_REFERENCE = "use_peft: false, or ref_model_name_or_path; LoRA's reference is the model with its adapter off"
+OTHER_REFERENCE = "use_peft: false, or ref_model_name_or_path; with LoRA the model is its own reference"
 
 
 def key(default: T, help: str, *needs: str, **limits: float) -> T:
@@ -125,6 +125,10 @@ class ModelConfig(trl.ModelConfig):
     num_layers_unfrozen: int | None = key(
         None, "Train the top N layers, the final norm and the head only. Default: all.", NO_LORA, ge=0
     )
+    adapter_name_or_path: str | None = key(
+        None, "Train this LoRA adapter of model_name_or_path further, not a new one: Hub id or folder.", LORA
+    )
+    adapter_revision: str = key("main", "Revision of adapter_name_or_path.", "adapter_name_or_path")
     new_tokens: list[str] = key(
         [], "Texts that become a token each. Their embeddings are trained, with LoRA too.", ALL_LAYERS
     )

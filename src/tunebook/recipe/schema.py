@@ -25,7 +25,7 @@ Training = configs.SFTConfig | configs.RewardConfig | configs.DPOConfig
 PATHS = {
     *("output_dir", "model_name_or_path", "ref_model_name_or_path", "dataset_name", "datasets", "eval_dataset_name"),
     *("chat_template_path", "resume_from_checkpoint", "benchmarks", "pair_benchmarks", "deepspeed", "fsdp_config"),
-    *("accelerator_config", "eval_prompts"),
+    *("accelerator_config", "eval_prompts", "adapter_name_or_path"),
 }
 
 TASKS: dict[str, tuple[type[configs.ScriptArguments], type[Training], type[configs.ModelConfig]]] = {

@@ -30,7 +30,7 @@ from ..following.pairs import count_wins
 from ..recipe import Recipe
 from ..recipe.configs import accumulation_steps, count_groups
 from ..training.models import check_model
-from ..training.refusals import refuse, refuse_few_rows
+from ..training.refusals import refuse, refuse_few_rows, refuse_new_tokens
 from ..training.run import set_up_logging
 from .lengths import form_batches, measure_rows
 from .memory import estimate
@@ -200,6 +200,7 @@ def check(
     except NothingToTrain as error:
         console.print(f"[red]{terminal(str(error))}")
         return 1
+    refuse_new_tokens(recipe, tokenizer)
     refuse_few_rows(recipe, len(data.train) / data.share)
     text_config = config.get_text_config()
     text_config.vocab_size = max(text_config.vocab_size, len(tokenizer))

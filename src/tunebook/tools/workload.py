@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from trl import get_peft_config
 
 from ..environment import Sharding
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig
 from ..training.activation_checkpointing import accept_selective
+from ..training.adapters import trained_adapter
 from ..training.models import check_model, freeze_layers, meta_device
 
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "muon": 1}  # tensors per parameter; Adam, the default, keeps two
@@ -75,7 +75,7 @@ class Workload:
             "dtype": str(dtype).removeprefix("torch."),
             "mixed": args.bf16 or args.fp16 or unset,
             "bits": 4 if model_args.load_in_4bit else 8 if model_args.load_in_8bit else 16,
-            "peft_config": get_peft_config(model_args),
+            "peft_config": trained_adapter(recipe),
             "accumulates": accumulates,
             "reference": reference,
         }

@@ -5,6 +5,8 @@ from pathlib import Path
 import xxhash
 from transformers import PreTrainedConfig
 from transformers.training_args import OptimizerNames
+from transformers.utils import find_adapter_config_file
+from transformers.utils.hub import extract_commit_hash
 
 from ..checkpoints import Record
 from ..environment import launched_sharding
@@ -32,7 +34,8 @@ def describe_run(recipe: Recipe, config: PreTrainedConfig) -> Record:
     reference = None
     if isinstance(args, DPOConfig) and args.ref_model_name_or_path is not None:
         name = args.ref_model_name_or_path
-        reference = identify_weights(name, check_model(name, args.ref_model_revision, args.trust_remote_code))
+        config_of = check_model(name, args.ref_model_revision, args.trust_remote_code)
+        reference = identify_weights(name, vars(config_of).get("_commit_hash"))
     order: dict[str, object] = {"packing": args.packing, "train_sampling_strategy": args.train_sampling_strategy}
     order["dataloader_drop_last"] = args.dataloader_drop_last
     if isinstance(args, SFTConfig):
@@ -42,13 +45,18 @@ def describe_run(recipe: Recipe, config: PreTrainedConfig) -> Record:
     else:
         order["max_tokens_per_batch"] = args.max_tokens_per_batch
     trained = {"use_peft": model_args.use_peft, "num_layers_unfrozen": model_args.num_layers_unfrozen}
-    if model_args.use_peft:
+    adapter = None
+    if model_args.adapter_name_or_path is not None:  # which decides what is trained
+        file = find_adapter_config_file(model_args.adapter_name_or_path, revision=model_args.adapter_revision)
+        adapter = identify_weights(model_args.adapter_name_or_path, extract_commit_hash(file, None))
+    elif model_args.use_peft:
         trained |= {name: vars(model_args)[name] for name in ADAPTER}
     engine = launched_sharding(args).engine
     return {
         "task": recipe.task,
         "model": model_args.model_name_or_path,
-        "weights": identify_weights(model_args.model_name_or_path, config),
+        "weights": identify_weights(model_args.model_name_or_path, vars(config).get("_commit_hash")),
+        "adapter": adapter,
         "reference": reference,
         "seed": args.seed if args.data_seed is None else args.data_seed,
         "order": order,
@@ -59,14 +67,15 @@ def describe_run(recipe: Recipe, config: PreTrainedConfig) -> Record:
     }
 
 
-def identify_weights(name: str, config: PreTrainedConfig) -> str:
-    """Return what tells a model's weights from others: the commit of a Hub model; of a folder, a hash of the sizes of
-    its files, their safetensors headers, and [`BLOCKS`] blocks that are spread evenly over each: a few MB in all."""
+def identify_weights(name: str, commit: str | None) -> str:
+    """Return what tells a model's weights, or an adapter's, from others: the commit on the Hub; of a folder, a hash of
+    the sizes of its files, their safetensors headers, and [`BLOCKS`] blocks that are spread evenly over each: a few MB
+    in all."""
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name}@{config._commit_hash}"
+        return f"{name}@{commit}"
     digest = xxhash.xxh3_64()
-    patterns = ("*.safetensors", "pytorch_model*.bin", "*.gguf")
+    patterns = ("*.safetensors", "pytorch_model*.bin", "adapter_model.bin", "*.gguf", "adapter_config.json")
     files = sorted(path for pattern in patterns for path in folder.glob(pattern))
     for path in files:
         size, count = path.stat().st_size, max(2, BLOCKS // len(files))

@@ -24,12 +24,11 @@ from transformers import (
     set_seed,
 )
 from transformers.integrations import deepspeed as hf_deepspeed
-from transformers.utils import find_adapter_config_file
-from trl import get_peft_config, get_quantization_config
+from trl import get_quantization_config
 from trl.trainer.reward_trainer import suppress_seqcls_warning
 from trl.trainer.utils import create_model_from_path
 
-from ..data.tokenizer import end_of_turn_ids
+from ..data.tokenizer import end_of_turn_ids, tokenizer_source
 from ..environment import uses_fsdp
 from ..errors import RecipeError, brief, foreign
 from ..packing.heads import find_backbone, has_routers
@@ -37,6 +36,7 @@ from ..recipe import Recipe
 from ..recipe.configs import DPOConfig
 from ..recipe.schema import Training
 from .activation_checkpointing import accept_selective
+from .adapters import base_of, find_adapter, load_adapter, trained_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +74,6 @@ def meta_device() -> Iterator[None]:
     finally:
         if config is not None:
             hf_deepspeed.set_hf_deepspeed_config(config)
-
-
-def find_adapter(name: str, revision: str | None = None) -> PeftConfig | None:
-    """Return the config of an adapter, in a folder or on the Hub; None for a whole model."""
-    if (Path(name) / "config.json").is_file() or find_adapter_config_file(name, revision=revision) is None:
-        return None
-    return PeftConfig.from_pretrained(name, revision=revision)
-
-
-def base_of(adapter: PeftConfig) -> tuple[str, str]:
-    """Return name and revision of the model that an adapter was trained on."""
-    return str(adapter.base_model_name_or_path), adapter.revision or "main"
 
 
 def put_adapter(base: PreTrainedModel, name: str, revision: str | None = None) -> PeftModel:
@@ -163,17 +151,20 @@ def longest_row(dataset: Dataset) -> int:
 
 def load_model(
     architecture: type, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
-) -> tuple[PreTrainedModel, PeftConfig | None]:
-    """Return the model to train, fitted to the tokenizer, and the config of its adapter, if the recipe asks for one.
+) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
+    """Return the model to train, fitted to the tokenizer, and the config of its adapter, if the recipe asks for a new
+    one. One that is trained further is on the model already.
 
     Raises:
-        RecipeError: when it cannot be loaded.
+        RecipeError: when it cannot be loaded, or an adapter does not fit it.
     """
-    args, peft_config = recipe.model, get_peft_config(recipe.model)
+    args, peft_config = recipe.model, trained_adapter(recipe)
     model = read_model(architecture, recipe, args.model_name_or_path, args.model_revision)
     settle_balancing_loss(model, recipe.training)
     resized = fit_tokenizer(model, tokenizer)
-    if isinstance(peft_config, LoraConfig) and (resized or has_new_tokens(tokenizer, recipe)):
+    if peft_config is not None and args.adapter_name_or_path is not None:
+        return load_adapter(model, recipe, peft_config), None
+    if isinstance(peft_config, LoraConfig) and (resized or new_tokens(tokenizer, recipe)):
         train_new_tokens(model, peft_config)
     if args.num_layers_unfrozen is not None:
         freeze_layers(model, args.num_layers_unfrozen)
@@ -182,8 +173,9 @@ def load_model(
 
 def load_reference(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
     """Return DPO's reference: another model if the recipe names one, else the model before training; None where that is
-    the model with its adapter off, or its log-probs are computed beforehand (`precompute_ref_log_probs`) by the model
-    that will train. Under FSDP that is not sharded yet, and TRL would load a reference without the recipe's keys."""
+    the model with its adapter off, or as it was (`adapter_name_or_path`), or its log-probs are computed beforehand
+    (`precompute_ref_log_probs`) by the model that will train. Under FSDP that is not sharded yet, and TRL would load a
+    reference without the recipe's keys."""
     args, name, revision = recipe.training, recipe.model.model_name_or_path, recipe.model.model_revision
     assert isinstance(args, DPOConfig)
     if args.ref_model_name_or_path is not None:
@@ -270,12 +262,12 @@ def repair_generation_config(model: PreTrainedModel) -> None:
         logger.warning(text, " ".join(str(error).split())[:300])
 
 
-def has_new_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> bool:
-    """Return whether the tokenizer has tokens, other than padding, that the model's own tokenizer lacks. Spare rows of
-    embeddings can hide them from the check of sizes."""
-    source = {"revision": recipe.model.model_revision, "trust_remote_code": recipe.training.trust_remote_code}
-    own = AutoTokenizer.from_pretrained(recipe.model.model_name_or_path, **source)
-    return not {*own.get_vocab(), tokenizer.pad_token}.issuperset(tokenizer.get_vocab())
+def new_tokens(tokenizer: PreTrainedTokenizerBase, recipe: Recipe) -> list[str]:
+    """Return the tokens, other than padding, that the tokenizer of the model, or of the adapter that is trained
+    further, lacks. Spare rows of embeddings can hide them from the check of sizes."""
+    name, revision = tokenizer_source(recipe)
+    own = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=recipe.training.trust_remote_code)
+    return sorted({*tokenizer.get_vocab()} - {*own.get_vocab(), tokenizer.pad_token})
 
 
 def train_new_tokens(model: PreTrainedModel, peft_config: LoraConfig) -> None:

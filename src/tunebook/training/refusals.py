@@ -12,12 +12,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     Trainer,
 )
 from transformers.integrations import get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available, is_liger_kernel_available
-from trl import get_peft_config
 
 from ..environment import launched_sharding
 from ..errors import RecipeError, user_errors
@@ -27,7 +27,8 @@ from ..packing.dropout import turn_off_dropout
 from ..packing.heads import reward_head
 from ..recipe import Recipe
 from ..recipe.configs import DPOConfig, SFTConfig
-from .models import check_depth, check_model, find_adapter, meta_device, settle_balancing_loss, settle_checkpointing
+from .adapters import base_of, check_adapter, find_adapter, trained_adapter
+from .models import check_depth, check_model, meta_device, new_tokens, settle_balancing_loss, settle_checkpointing
 
 # Arguments of from_pretrained that are neither in its signature nor in a config
 LOADING = {
@@ -57,7 +58,7 @@ def refuse_adapter(recipe: Recipe) -> None:
     """Refuse an adapter in the place of a model where it cannot be merged into its base model in memory.
 
     Raises:
-        RecipeError: naming the command that merges it.
+        RecipeError: naming the command that merges it, and the key of an adapter that is trained further.
     """
     args, name = recipe.model, recipe.model.model_name_or_path
     sharding = launched_sharding(recipe.training)
@@ -67,10 +68,15 @@ def refuse_adapter(recipe: Recipe) -> None:
         f"and {sharding.engine} shards the weights as it loads them": sharding.stage == 3,
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
-    if reason is not None and find_adapter(name, args.model_revision) is not None:
-        raise RecipeError(
-            f"`model_name_or_path` {name} is an adapter, {reason}. Run tunebook merge {name} NEW_FOLDER, and name that."
+    if reason is None or (adapter := find_adapter(name, args.model_revision)) is None:
+        return
+    remedy = f"Run tunebook merge {name} NEW_FOLDER, and name that."
+    if args.use_peft:
+        base = base_of(adapter)[0]
+        remedy = (
+            f"To train it further, set `model_name_or_path: {base}` and `adapter_name_or_path: {name}`. Else: {remedy}"
         )
+    raise RecipeError(f"`model_name_or_path` {name} is an adapter, {reason}. {remedy}")
 
 
 def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | None = None) -> None:
@@ -87,6 +93,7 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
     check_output(Path(args.output_dir), "`output_dir`", folder=True)
     check_packages(recipe)
     refuse_adapter(recipe)
+    adapter = trained_adapter(recipe)
     if has_accelerator is None:
         has_accelerator = torch.accelerator.is_available()
     if args.fp16 and not has_accelerator:
@@ -112,8 +119,9 @@ def refuse(recipe: Recipe, config: PreTrainedConfig, has_accelerator: bool | Non
     model: torch.nn.Module = skeleton
     if recipe.model.num_layers_unfrozen is not None:
         check_depth(config, recipe.model.num_layers_unfrozen)
-    if isinstance(adapter := get_peft_config(recipe.model), LoraConfig):
-        model = add_adapter(skeleton, adapter, recipe.task)
+    if isinstance(adapter, LoraConfig):
+        is_new = recipe.model.adapter_name_or_path is None
+        model = add_adapter(skeleton, adapter, recipe.task) if is_new else check_adapter(recipe, adapter, skeleton)
     if args.optim != "muon":
         try:
             Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type] # an adapter, too
@@ -131,6 +139,16 @@ def refuse_few_rows(recipe: Recipe, rows: float) -> None:
     batch = args.per_device_train_batch_size * args.data_parallel_size
     if args.dataloader_drop_last and not args.packing and rows < batch:
         raise RecipeError(NO_BATCH)
+
+
+def refuse_new_tokens(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse tokens for which an adapter that is trained further has no embeddings."""
+    name = recipe.model.adapter_name_or_path
+    if name is not None and (new := new_tokens(tokenizer, recipe)):
+        raise RecipeError(
+            f"`adapter_name_or_path` {name} was trained without the tokens {', '.join(new)}. Remove what adds them "
+            f"(`new_tokens`, a chat template), or run tunebook merge {name} NEW_FOLDER and train a new adapter on that."
+        )
 
 
 def check_packages(recipe: Recipe) -> None:

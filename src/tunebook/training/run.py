@@ -37,7 +37,7 @@ from .identity import describe_run
 from .models import check_model, check_positions
 from .progress import show_progress
 from .proof import VerifyModel
-from .refusals import refuse, refuse_few_rows
+from .refusals import refuse, refuse_few_rows, refuse_new_tokens
 from .resume import RunMixin
 
 logger = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def prepare(recipe: Recipe) -> Run:
         loads_optimizer = checkpoints.check_resume(checkpoint, record, args.force_resume)
     log_resolved(recipe)
     tokenizer, data = load_recipe_data(recipe)
+    refuse_new_tokens(recipe, tokenizer)
     refuse_few_rows(recipe, len(data.train))
     record |= describe_data(recipe, data)
     if checkpoint is not None:

@@ -1,6 +1,8 @@
-"""FSDP2 with the numbers of DDP: what accelerate, transformers and TRL settle otherwise."""
+"""FSDP2 with the numbers of DDP, and DPO's reference under ZeRO-3: what accelerate, transformers and TRL settle
+otherwise."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from unittest.mock import patch
 
@@ -12,9 +14,10 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from trl.models.utils import prepare_fsdp
 from trl.trainer import dpo_trainer
 
-from ..environment import uses_fsdp
+from ..environment import launched_sharding, uses_fsdp
 from ..packing.context_parallel import TRLTrainer
 from ..packing.forward import without_adapter
+from ..recipe.configs import DPOConfig
 
 
 def shard_reference(model: torch.nn.Module, accelerator: Accelerator) -> FullyShardedDataParallel | FSDPModule:
@@ -31,6 +34,24 @@ def sharding_by_layer() -> AbstractContextManager[object]:
     # PATCH(trl<1.17): TRL makes one unit of the reference, which is gathered as a whole. Waits for
     # trl/models/utils.py:331. Delete when TRL shards it as accelerate does the policy.
     return patch.object(dpo_trainer, "prepare_fsdp", shard_reference)
+
+
+@contextmanager
+def offloaded_parameters(args: DPOConfig) -> Iterator[None]:
+    """Let the engine that TRL makes for the reference under ZeRO-3 keep its parameters on the CPU (`ref_offload`)."""
+    # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and no argument changes the copy. Waits for
+    # trl/models/utils.py:255. Delete when prepare_deepspeed takes a config.
+    if not (args.ref_offload and launched_sharding(args).is_zero3):
+        yield
+        return
+    plugin = args.deepspeed_plugin
+    assert plugin is not None
+    before = plugin.deepspeed_config["zero_optimization"].get("offload_param", {"device": "none"})
+    plugin.deepspeed_config["zero_optimization"]["offload_param"] = {"device": "cpu"}
+    try:
+        yield
+    finally:  # in the copy that transformers has put in its place, which the policy's engine is made from
+        plugin.deepspeed_config["zero_optimization"]["offload_param"] = before
 
 
 def settle_trained(model: torch.nn.Module) -> None:

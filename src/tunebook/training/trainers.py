@@ -1,5 +1,6 @@
 """TRL's trainers, on rows that are tokenized already, with exact resume and the objectives that TRL lacks."""
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ import pandas as pd
 import torch
 import trl
 from datasets import Dataset
+from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
@@ -28,11 +30,12 @@ from ..packing.batches import TokenBatchSampler, decides_sharing, drop_unlabelle
 from ..packing.dropout import turn_off_dropout
 from ..packing.forward import RewardOutput
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
+from .adapters import StartingWeights
 from .models import rename_head
 from .objectives import DPOObjective, reward_loss
 from .progress import ThroughputMixin
 from .resume import RunMixin
-from .sharded import settle_trained, sharding_by_layer
+from .sharded import offloaded_parameters, settle_trained, sharding_by_layer
 
 logger = logging.getLogger(__name__)
 
@@ -270,24 +273,6 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
             rename_head(Path(self.args.output_dir), self.args.value_head_prefix)
 
 
-@contextmanager
-def offloaded_parameters(args: DPOConfig) -> Iterator[None]:
-    """Let the engine that TRL makes for the reference under ZeRO-3 keep its parameters on the CPU (`ref_offload`)."""
-    # PATCH(trl<1.17): the engine copies the run's DeepSpeed config, and no argument changes the copy. Waits for
-    # trl/models/utils.py:255. Delete when prepare_deepspeed takes a config.
-    if not (args.ref_offload and launched_sharding(args).is_zero3):
-        yield
-        return
-    plugin = args.deepspeed_plugin
-    assert plugin is not None
-    before = plugin.deepspeed_config["zero_optimization"].get("offload_param", {"device": "none"})
-    plugin.deepspeed_config["zero_optimization"]["offload_param"] = {"device": "cpu"}
-    try:
-        yield
-    finally:  # in the copy that transformers has put in its place, which the policy's engine is made from
-        plugin.deepspeed_config["zero_optimization"]["offload_param"] = before
-
-
 class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
     """TRL's DPOTrainer (https://arxiv.org/abs/2305.18290) with the objectives that it lacks: cDPO, IPO on sums, and the
     negative log-likelihood of the chosen side; [`DPOObjective`] has their formulas."""
@@ -295,6 +280,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
     args: DPOConfig
     objective: DPOObjective
     patched = False
+    start: StartingWeights | None = None  # of an adapter that is trained further, which is its own reference
 
     def __init__(self, *, args: DPOConfig, record: Record, ref_model: PreTrainedModel | None = None, **kwargs: object):
         self.reference_passes = int(not args.precompute_ref_log_probs)
@@ -314,13 +300,19 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
 
     @property
     def own_reference(self) -> torch.nn.Module:
-        """Return the reference that is kept, or the model, whose adapter is off when it is one."""
+        """Return the reference that is kept, or the model, whose adapter is off, or as it was, when it is one."""
         return self.model if self.ref_model is None else self.ref_model
 
     def _patch_forwards(self) -> None:
         """Patch both models, once TRL has put its fused head on them; its constructor may already run the reference."""
         if not self.patched:
             self.patched = True
+            # PATCH(trl<1.17): TRL copies an adapter that is trained further for the reference, see StartingWeights.
+            # Waits for trl/trainer/dpo_trainer.py:689. Delete when the copy is whole, frozen without dropout, and not
+            # saved.
+            if isinstance(self.model, PeftModel) and "ref" in self.model.peft_config:
+                self.model.delete_adapter("ref")
+                self.start = StartingWeights(self.model)
             for model in dict.fromkeys((self.model, self.own_reference)):
                 with user_errors():
                     unwrapped = self.accelerator.unwrap_model(model)
@@ -330,10 +322,13 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
 
     def _precompute_ref_logps(self, *args: object) -> Dataset:
         # PATCH(trl<1.17): TRL caches reference log-probs by data set and weights only, although they also depend on
-        # the model's config and `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when they are hashed.
+        # the configs of model and adapter and on `ld_alpha`. Waits for trl/trainer/dpo_trainer.py:1174. Delete when
+        # they are hashed.
         self._patch_forwards()
-        config = self.accelerator.unwrap_model(self.own_reference).config
-        known_by = (self._precompute_model_hash, self.args.ld_alpha, config.to_json_string())
+        reference = self.accelerator.unwrap_model(self.own_reference)
+        adapter = {} if self.start is None else reference.peft_config["default"].to_dict()
+        configs = reference.config.to_json_string(), json.dumps(adapter, default=sorted)
+        known_by = (self._precompute_model_hash, self.args.ld_alpha, *configs)
         with overridden(self, _precompute_model_hash=known_by):
             return super()._precompute_ref_logps(*args)  # type: ignore[arg-type]
 
@@ -350,6 +345,13 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         reference = self.accelerator.unwrap_model(self.ref_model).to(self.accelerator.device)
         yield self.ref_model
         reference.to("cpu")
+
+    def compute_ref_log_probs(self, model: torch.nn.Module, inputs: Inputs) -> tuple[torch.Tensor, ...]:
+        """Return the reference's log-probabilities, with an adapter that is trained further as it was."""
+        if self.start is None:
+            return super().compute_ref_log_probs(model, inputs)
+        with self.start.restored(), overridden(self, ref_model=model):  # or TRL would turn the adapter off
+            return super().compute_ref_log_probs(model, inputs)
 
     def compute_loss(
         self, model: torch.nn.Module, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: object = None
