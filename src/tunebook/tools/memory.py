@@ -73,6 +73,10 @@ def estimate(workload: Workload) -> list[Part]:
 
 def reference(workload: Workload, activations: float) -> Part | None:
     """Return what DPO's reference adds to the peak, if there is one."""
+    if workload.keeps_adapter:
+        kept = workload.model.num_parameters(only_trainable=True) * workload.stored_size
+        shards = workload.shards(3) if workload.sharding.engine == "fsdp" else 1
+        return Part("reference", kept / shards, "the adapter as it was")
     if workload.reference is None:
         return None
     other = replace(

@@ -51,6 +51,7 @@ class Workload:
     optim: str = "adamw_torch_fused"
     reference: PreTrainedConfig | None = None  # of DPO's other model, where there is one during training
     ref_offload: bool = False
+    keeps_adapter: bool = False  # as it was, for DPO's reference
 
     @classmethod
     def from_recipe(
@@ -61,7 +62,9 @@ class Workload:
         # On a machine without a GPU, the config has unset what a GPU would take by default
         unset = device == "cuda" and args.use_cpu and not {"bf16", "fp16"} & recipe.given.keys()
         dtype = (config.dtype or torch.float32) if model_args.dtype in (None, "auto") else model_args.dtype
-        reference = None
+        reference, keeps_adapter = None, False
+        if isinstance(args, DPOConfig):
+            keeps_adapter = model_args.adapter_name_or_path is not None and args.ref_model_name_or_path is None
         if isinstance(args, DPOConfig) and not args.precompute_ref_log_probs:
             if args.ref_model_name_or_path is not None:
                 reference = check_model(args.ref_model_name_or_path, args.ref_model_revision, args.trust_remote_code)
@@ -78,6 +81,7 @@ class Workload:
             "peft_config": trained_adapter(recipe),
             "accumulates": accumulates,
             "reference": reference,
+            "keeps_adapter": keeps_adapter,
         }
         return cls(**{field.name: keys[field.name] for field in fields(cls) if field.name in keys})
 

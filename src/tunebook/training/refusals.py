@@ -72,10 +72,8 @@ def refuse_adapter(recipe: Recipe) -> None:
         return
     remedy = f"Run tunebook merge {name} NEW_FOLDER, and name that."
     if args.use_peft:
-        base = base_of(adapter)[0]
-        remedy = (
-            f"To train it further, set `model_name_or_path: {base}` and `adapter_name_or_path: {name}`. Else: {remedy}"
-        )
+        keys = f"`adapter_name_or_path: {name}` and `model_name_or_path: {base_of(adapter)[0]}`"
+        remedy = f"To train it further, set {keys}. Else: {remedy}"
     raise RecipeError(f"`model_name_or_path` {name} is an adapter, {reason}. {remedy}")
 
 
