@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import assert_same_weights, launch_runs, short_recipe
+from conftest import assert_same_weights, launch_runs, short_recipe, train
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
@@ -19,6 +19,7 @@ RUNS = {
     "rm": ("rm", {"packing": True}, AutoModelForSequenceClassification, ["accuracy", "margin"]),
     "dpo": ("dpo", {"packing": True, "ref_offload": True}, AutoModelForCausalLM, REWARDS),
     "dpo with LoRA": ("dpo", {"packing": True, "use_peft": True}, AutoPeftModelForCausalLM, REWARDS),
+    "dpo further": ("dpo", {"use_peft": True, "adapter_name_or_path": "ADAPTER"}, AutoPeftModelForCausalLM, REWARDS),
 }
 KEYS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True, "test_split_size": 8}
 KEYS |= {"global_batch_size": 8, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
@@ -31,13 +32,16 @@ GENERATING = {"eval_prompts": PROMPTS, "eval_generation_kwargs": GREEDY}
 
 
 @pytest.fixture(scope="module")
-def recipes(tiny, sft_rows, pair_rows):
+def recipes(tiny, sft_rows, pair_rows, tmp_path_factory):
     """Task and recipe of each run, by the folder of all."""
-    rows = {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}
-    return lambda folder: {
-        name: (task, short_recipe(tiny, rows[task], folder / name, **KEYS, **changes))
-        for name, (task, changes, *_) in RUNS.items()
-    }
+    rows, adapter = {"sft": sft_rows, "rm": pair_rows, "dpo": pair_rows}, tmp_path_factory.mktemp("adapter")
+    train("sft", tiny, sft_rows, adapter, use_peft=True, new_tokens=["<tool>"], learning_rate=0.01)
+
+    def recipe(folder, task, changes):
+        keys = {key: str(adapter) if value == "ADAPTER" else value for key, value in changes.items()}
+        return task, short_recipe(tiny, rows[task], folder, **KEYS, **keys)
+
+    return lambda folder: {name: recipe(folder / name, *run[:2]) for name, run in RUNS.items()}
 
 
 @pytest.fixture(scope="module")

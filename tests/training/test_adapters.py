@@ -260,7 +260,8 @@ REFUSED = [
     ("sft", {"lora_r": 8}, "`lora_r` 8: .* was trained with 16, which cannot change"),
     ("sft", {"use_dora": True}, "`use_dora` True: .* was trained with False"),
     ("sft", {"lora_target_modules": ["q_proj"]}, "`lora_target_modules` .* was trained with .*k_proj"),
-    ("rm", {}, "has the task type CAUSAL_LM, and rm trains a SEQ_CLS adapter.* tunebook merge"),
+    ("rm", {}, "has no reward head that was trained with it. Run tunebook merge"),
+    ("sft", {"adapter_name_or_path": "head"}, "changes the head, whose weights the loss reads. Run tunebook merge"),
     ("sft", {"adapter_name_or_path": "tiny"}, "`adapter_name_or_path` .*tiny is not an adapter"),
     ("sft", {"adapter_name_or_path": "/no/where"}, "`adapter_name_or_path` /no/where is not a folder"),
     ("sft", {"adapter_name_or_path": "ia3"}, "is an adapter of IA3; only those of LoRA"),
@@ -271,7 +272,8 @@ REFUSED = [
 
 @pytest.mark.parametrize(("task", "keys", "message"), REFUSED)
 def test_what_the_adapter_is_not_is_refused(task, keys, message, adapter, tiny, task_rows, tmp_path):
-    folders = {"tiny": tiny, "ia3": tmp_path / "ia3", "other": tmp_path / "other"}
+    folders = {name: tmp_path / name for name in ("ia3", "other", "head")} | {"tiny": tiny}
+    make_adapter(tmp_path / "head", tiny, target_modules=["lm_head"])
     ia3 = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj"], feedforward_modules=[])
     get_peft_model(AutoModelForCausalLM.from_pretrained(tiny), ia3).save_pretrained(tmp_path / "ia3")
     save_model(tmp_path / "other", build_model(320, hidden_size=64), build_tokenizer())

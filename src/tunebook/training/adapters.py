@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.utils import ModulesToSaveWrapper
 from peft.utils.integrations import gather_params_ctx
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -88,14 +89,11 @@ def check_adapter(recipe: Recipe, adapter: LoraConfig, skeleton: PreTrainedModel
     """
     args = recipe.model
     name = f"`adapter_name_or_path` {args.adapter_name_or_path}"
-    task_type = "SEQ_CLS" if recipe.task == "rm" else "CAUSAL_LM"
-    if adapter.task_type != task_type and (adapter.task_type is not None or recipe.task == "rm"):
-        reason = "whose reward head was trained with it" if recipe.task == "rm" else "a language model's"
-        raise RecipeError(
-            f"{name} has the task type {plain_value(adapter.task_type)}, and {recipe.task} trains a {task_type} "
-            f"adapter, {reason}. Run tunebook merge {args.adapter_name_or_path} NEW_FOLDER, set `model_name_or_path` "
-            "to that, and remove the key."
-        )
+    merged = f"Run tunebook merge {args.adapter_name_or_path} NEW_FOLDER, and train that: `model_name_or_path`."
+    if recipe.task == "rm" and adapter.task_type != "SEQ_CLS":
+        raise RecipeError(f"{name} has no reward head that was trained with it. {merged}")
+    if recipe.task != "rm" and adapter.task_type not in ("CAUSAL_LM", None):
+        raise RecipeError(f"{name} is one of {plain_value(adapter.task_type)}. Set it to a language model's adapter.")
     given = {key: field for key, field in SETTLED.items() if key in recipe.given}
     wanted = cast(LoraConfig, get_peft_config(args))
     if "lora_target_modules" in given and wanted.target_modules == "all-linear":
@@ -106,11 +104,6 @@ def check_adapter(recipe: Recipe, adapter: LoraConfig, skeleton: PreTrainedModel
             raise RecipeError(
                 f"`{key}` {recipe.given[key]}: {name} was trained with {theirs}, which cannot change. Remove the key."
             )
-    if adapter.trainable_token_indices and skeleton.config.get_text_config().tie_word_embeddings:
-        raise RecipeError(
-            f"{name} trains single tokens of embeddings that are tied to the head, which the loss cannot read. Run "
-            f"tunebook merge {args.adapter_name_or_path} NEW_FOLDER, and train that: `model_name_or_path`."
-        )
     if isinstance(recipe.training, DPOConfig) and uses_fsdp() and fsdp_version() == 1:
         raise RecipeError(
             "`adapter_name_or_path` and DPO need an adapter's matrices, which FSDP1 flattens. Set fsdp_version: 2."
@@ -118,8 +111,14 @@ def check_adapter(recipe: Recipe, adapter: LoraConfig, skeleton: PreTrainedModel
     base = base_of(adapter)[0]
     if base != args.model_name_or_path and Path(base).resolve() != Path(args.model_name_or_path).resolve():
         logger.warning("%s was trained on %s, not on %s.", name.replace("`", ""), base, args.model_name_or_path)
+    head = type(skeleton.get_output_embeddings())
     with foreign(name, fault=f"does not fit {args.model_name_or_path}"):
-        return get_peft_model(skeleton, copy.deepcopy(adapter))
+        adapted = get_peft_model(skeleton, copy.deepcopy(adapter))
+    if not isinstance(
+        skeleton.get_output_embeddings(), head | ModulesToSaveWrapper
+    ):  # single tokens of a tied one, too
+        raise RecipeError(f"{name} changes the head, whose weights the loss reads. {merged}")
+    return adapted
 
 
 def plain_value(value: object) -> object:
