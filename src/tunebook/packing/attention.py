@@ -221,7 +221,7 @@ def make_mask(*args: object, local_size: int | None = None, use_vmap: bool = Fal
         given = {**kwargs, "local_size": local_size, "use_vmap": use_vmap}
         return sdpa_mask(*args, **given)  # type: ignore[arg-type]
     other = use_vmap or "allow_is_bidirectional_skip" in kwargs
-    return torch.full((1, 1, 1, 1), OTHER if other else local_size or 0)
+    return torch.full((1, 1, 1, 1), OTHER if other else local_size or 0, device="cpu")
 
 
 AttentionInterface.register(NAME, varlen_attention)

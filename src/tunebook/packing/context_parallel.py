@@ -43,6 +43,14 @@ else:
     TRLTrainer = object  # so that the mixin's methods come before those of any trainer
 
 
+class LaidOut(TypedDict, total=False):
+    """What a collator knows of a batch on the CPU, where no value has to be waited for."""
+
+    scored: torch.Tensor  # (N,), the places of the scored tokens in the flattened batch
+    row: "Batch"  # the batch as a packed row, with the source of each of its tokens; see `pack_rows`
+    source: torch.Tensor
+
+
 class Batch(TypedDict, total=False):
     """The arguments of a forward: a padded batch, (B, L), or the packed row of one, as `varlen_attention` takes it."""
 
@@ -56,6 +64,7 @@ class Batch(TypedDict, total=False):
     key_index: torch.Tensor | None  # a row of a batch without a shared prefix has none
     context: "ContextGroup"
     counted: torch.Tensor | None
+    laid_out: "LaidOut"
     output_router_logits: bool | None
     num_items_in_batch: torch.Tensor | int | None
 

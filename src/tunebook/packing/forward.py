@@ -34,7 +34,7 @@ from transformers.utils import ModelOutput
 from trl.trainer.utils import FusedCausalLMOutput
 
 from .attention import packed_row, set_varlen_attention
-from .context_parallel import Batch, ContextGroup
+from .context_parallel import Batch, ContextGroup, LaidOut
 from .dropout import find_dropout
 from .heads import Backbone, balancing_loss, fused_head_fits, reward_head, score_logits
 from .log_probs import head_for
@@ -98,20 +98,26 @@ class Layout:
     share_prefix: bool
     context: ContextGroup | None
 
-    def lay_out(self, batch: Batch, scored: torch.Tensor) -> tuple[Batch, torch.Tensor, torch.Tensor | slice]:
+    def lay_out(
+        self, batch: Batch, scored: torch.Tensor, laid_out: LaidOut
+    ) -> tuple[Batch, torch.Tensor, torch.Tensor | slice]:
         """Return the backbone's arguments on this rank, the places of the scored tokens in them, and which of the
         scored tokens these are.
 
         Args:
             batch: TRL's; a row that its collator has packed (`cu_seq_lens_q`) is left as it is.
             scored: (N,), places in the flattened batch.
+            laid_out: what [`LayoutCollator`] has found; else it is found here, and a GPU is waited for.
         """
         row, positions = batch, scored
         mine: torch.Tensor | slice = slice(None)
         if self.packing and "cu_seq_lens_q" not in batch:
             mask = batch["attention_mask"]
             assert mask is not None
-            packed, source = pack_rows(batch["input_ids"], mask, self.share_prefix)
+            if "row" in laid_out:
+                packed, source = laid_out["row"], laid_out["source"]
+            else:
+                packed, source = pack_rows(batch["input_ids"], mask, self.share_prefix)
             row, positions = {**batch, "attention_mask": None, **packed}, source.flatten()[scored]
         if self.context is not None:
             row, positions, mine = self.context.take_share(row, positions)
@@ -120,6 +126,11 @@ class Layout:
     def combine(self, x: torch.Tensor, mine: torch.Tensor | slice) -> torch.Tensor:
         """Return the results of all scored tokens, (N, ...), from this rank's."""
         return x if self.context is None or isinstance(mine, slice) else self.context.combine(x, mine)
+
+
+def find_scored(labelled: torch.Tensor) -> torch.Tensor:
+    """Return the places, (N,), in the flattened batch of the tokens before the labelled ones, from (B, L)."""
+    return F.pad(labelled[:, 1:], (0, 1)).flatten().nonzero()[:, 0]
 
 
 def pack_causal_lm(
@@ -157,6 +168,7 @@ def pack_causal_lm(
         **kwargs: object,
     ) -> ModelOutput:
         nonlocal fused
+        laid_out = cast(LaidOut, kwargs.pop("laid_out", {}))
         if not fused_lm_head or labels is None or "shift_labels" in kwargs:
             return fused_forward(*args, fused_lm_head=fused_lm_head, labels=labels, **kwargs)
         if fused is None:
@@ -171,7 +183,8 @@ def pack_causal_lm(
         # calls the head, or unshards it.
         if isinstance(head := self.get_output_embeddings(), FSDPModule):
             head.unshard()
-        return _score_labels(functools.partial(score, *args), self, backbone, layout, labels, cast(Batch, kwargs))
+        score, batch = functools.partial(score, *args), cast(Batch, kwargs)
+        return _score_labels(score, self, backbone, layout, labels, batch, laid_out)
 
     _replace_forward(causal_lm, forward)
 
@@ -198,6 +211,7 @@ def _score_labels(
     layout: Layout,
     labels: torch.Tensor,
     batch: Batch,
+    laid_out: LaidOut,
 ) -> FusedCausalLMOutput:
     config, items = model.config.get_text_config(), batch.pop("num_items_in_batch", None)
     routed = batch.pop("output_router_logits", None)
@@ -206,8 +220,8 @@ def _score_labels(
     # Else TRL's head and the model's own forward make the load-balancing loss, of the scored positions only
     silent = {"output_router_logits": False} if routed else {}
     label_mask = labels[:, 1:] != -100
-    scored = F.pad(label_mask, (0, 1)).flatten().nonzero()[:, 0]
-    row, positions, mine = layout.lay_out(batch, scored)
+    scored = laid_out["scored"] if "scored" in laid_out else find_scored(labels != -100)
+    row, positions, mine = layout.lay_out(batch, scored, laid_out)
     counted = row.pop("counted", row.get("key_index"))
     with backbone.scoring(positions, routed), packed_row() if layout.packing else nullcontext():
         own = score(targets=labels.flatten()[scored + 1][mine], **row, **silent)
@@ -272,6 +286,7 @@ def pack_reward_model(
         attention_mask: torch.Tensor | None = None,
         output_router_logits: bool = False,
         own_forward: bool = False,
+        laid_out: LaidOut | None = None,
         **kwargs: object,
     ) -> ModelOutput:
         if own_forward:
@@ -280,7 +295,7 @@ def pack_reward_model(
         last = (mask * torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)).argmax(dim=1)
         scored = last + input_ids.shape[1] * torch.arange(len(last), device=last.device)
         batch = cast(Batch, {"input_ids": input_ids, "attention_mask": mask, **kwargs})
-        row, positions, mine = layout.lay_out(batch, scored)
+        row, positions, mine = layout.lay_out(batch, scored, laid_out or {})
         counted = row.pop("counted", row.get("key_index"))
         with backbone.scoring(positions, output_router_logits), packed_row() if layout.packing else nullcontext():
             hidden = self.base_model(**row).last_hidden_state

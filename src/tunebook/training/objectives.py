@@ -80,3 +80,13 @@ class DPOObjective:
             added = added + self.nll_loss_coef * nll
             metrics["nll_loss"] = nll.detach()
         return added, metrics
+
+
+def pair_metrics(pairs: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return what is logged of pairs: accuracy, in which a tie counts half, the share of ties, and the margin.
+
+    Args:
+        pairs: (pairs, 2 or more), the rewards of both sides.
+    """
+    margin = pairs[:, 0] - pairs[:, 1]
+    return {"accuracy": (margin.sign().mean() + 1) / 2, "ties": (margin == 0).float().mean(), "margin": margin.mean()}

@@ -141,7 +141,7 @@ class ThroughputMixin(RunMixin):
 
     def training_step(self, *args: object, **kwargs: object) -> torch.Tensor:
         if self.since is None:
-            self.since, self.counted = time.perf_counter(), self._total_train_tokens
+            self.since, self.counted = time.perf_counter(), self.count_tokens()
         return super().training_step(*args, **kwargs)
 
     @contextmanager
@@ -164,11 +164,12 @@ class ThroughputMixin(RunMixin):
     def log(self, logs: dict[str, float], *args: float | None) -> None:
         if "loss" in logs and self.since is not None:
             now = time.perf_counter()
-            rate = (self._total_train_tokens - self.counted) / (now - self.since)
+            tokens = self.count_tokens()
+            rate = (tokens - self.counted) / (now - self.since)
             logs["tokens_per_second"] = round(rate, 1)
             if self.flops_per_token is not None:
                 logs["mfu"] = rate * self.flops_per_token / (peak_flops() * self.args.world_size)
-            self.since, self.counted = now, self._total_train_tokens
+            self.since, self.counted = now, tokens
         super().log(logs, *args)
 
     @cached_property

@@ -163,6 +163,10 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         is_last = not self.args.load_best_model_at_end or self.state.best_global_step == self.state.global_step
         return self.evaluation if is_last and self.evaluated_step == self.state.global_step else self.evaluate()
 
+    def count_tokens(self) -> int:
+        """Return the tokens that were trained on, over all processes and starts of the run."""
+        return self._total_train_tokens
+
     def progress(self) -> checkpoints.Progress:
         """Return how far training has come, for a manifest."""
         epoch, step = divmod(self.state.global_step, self.steps_per_epoch)
@@ -173,7 +177,7 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
             "global_batch_size": self.global_batch_size,
             "world_size": self.args.world_size,
             "share_prefix": self.shares_prefix,
-            "num_tokens": self._total_train_tokens,
+            "num_tokens": self.count_tokens(),
         }
 
     def mean_loss(self, unlogged: float = 0.0) -> float:

@@ -4,7 +4,6 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +17,6 @@ from peft import PeftModel
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput
-from trl.trainer.reward_trainer import DataCollatorForPreference
 from trl.trainer.utils import FusedCausalLMOutput
 
 from ..checkpoints import Record, optional
@@ -31,8 +29,9 @@ from ..packing.dropout import turn_off_dropout
 from ..packing.forward import RewardOutput
 from ..recipe.configs import DPOConfig, RewardConfig, SFTConfig
 from .adapters import StartingWeights
+from .collators import LayoutCollator, SubsetCollator
 from .models import rename_head
-from .objectives import DPOObjective, reward_loss
+from .objectives import DPOObjective, pair_metrics, reward_loss
 from .progress import ThroughputMixin
 from .resume import RunMixin
 from .sharded import offloaded_parameters, settle_trained, sharding_by_layer
@@ -70,6 +69,7 @@ class SFTTrainer(ThroughputMixin, RunMixin, trl.SFTTrainer):
             with overridden(args, assistant_only_loss=False, **SETTLED):
                 super().__init__(args=args, record=record, **kwargs)
             pack_causal_lm(self.model, packing=args.packing, context=self.context)
+        self.data_collator = LayoutCollator(self.data_collator, args.packing, share_prefix=False)
 
     def _prepare_dataset(
         self, dataset: Dataset, processing_class: object, args: trl.SFTConfig, packing: bool, *rest: object
@@ -95,6 +95,12 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         # PATCH(trl<1.17): TRL walks through tokenized pairs one by one, and drops other columns. Waits for
         # trl/trainer/dpo_trainer.py:1036. Delete when rows with token ids are taken as they are.
         return self.tokenized(dataset)
+
+    def log(self, logs: dict[str, float], *args: float | None) -> None:
+        """Log, and only now read what was measured: to read it at once, each micro-batch would wait for the GPU."""
+        for values in vars(self)["_metrics"]["train" if self.model.training else "eval"].values():
+            values[:] = map(float, values)
+        super().log(logs, *args)
 
     def prediction_step(
         self,
@@ -161,27 +167,6 @@ class PairPackingMixin(ThroughputMixin, RunMixin):
         return position
 
 
-def pair_metrics(pairs: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Return what is logged of pairs: accuracy, in which a tie counts half, the share of ties, and the margin.
-
-    Args:
-        pairs: (pairs, 2 or more), the rewards of both sides.
-    """
-    margin = pairs[:, 0] - pairs[:, 1]
-    return {"accuracy": (margin.sign().mean() + 1) / 2, "ties": (margin == 0).float().mean(), "margin": margin.mean()}
-
-
-@dataclass
-class SubsetCollator(DataCollatorForPreference):
-    """Collate as TRL does, and keep the number of each pair's subset."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        if "subset" in examples[0]:
-            batch["subset"] = torch.tensor([example["subset"] for example in examples])
-        return batch
-
-
 class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
     """TRL's RewardTrainer with the losses of [`reward_loss`] in float32, the reward read at the last token of a row
     whatever the pad token is, a margin only on request, and exact accuracy, overall and by subset, in evaluation.
@@ -191,6 +176,7 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
     """
 
     args: RewardConfig
+    unread_tokens: torch.Tensor | int = 0  # of the steps since they were read
 
     def __init__(
         self, *, args: RewardConfig, processing_class: PreTrainedTokenizerBase, record: Record, **kwargs: object
@@ -205,6 +191,16 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
             if args.disable_dropout:
                 turn_off_dropout(self.model)
             pack_reward_model(self.model, args.packing, self.shares_prefix, self.context)
+        self.data_collator = LayoutCollator(self.data_collator, args.packing, self.shares_prefix)
+
+    def count_tokens(self) -> int:
+        self._total_train_tokens += int(self.unread_tokens)
+        self.unread_tokens = 0
+        return super().count_tokens()
+
+    def log(self, logs: dict[str, float], *args: float | None) -> None:
+        self._metrics["train" if self.model.training else "eval"]["num_tokens"] = [self.count_tokens()]
+        super().log(logs, *args)
 
     def _set_signature_columns_if_needed(self) -> None:
         # PATCH(trl<1.17): TRL's list of columns has no subset. Waits for trl/trainer/reward_trainer.py:744. Delete when
@@ -224,11 +220,10 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         loss = reward_loss(chosen, rejected, margin, args)
         if args.router_aux_loss_coef:
             loss = loss + args.router_aux_loss_coef * outputs.aux_loss
-            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss.detach()).mean().item())
+            metrics["aux_loss"].append(self.accelerator.gather_for_metrics(outputs.aux_loss.detach()).mean())
 
         if model.training:
-            self._total_train_tokens += self.accelerator.gather(inputs["attention_mask"].sum()).sum().item()
-        metrics["num_tokens"] = [self._total_train_tokens]
+            self.unread_tokens = self.unread_tokens + self.accelerator.gather(inputs["attention_mask"].sum()).sum()
         self.rewards = torch.stack([chosen, rejected], dim=1).detach()
         number = torch.zeros_like(chosen) if subset is None else subset.to(chosen.dtype)
         pairs = self.accelerator.gather_for_metrics(torch.cat([self.rewards, number[:, None]], dim=1))
@@ -236,7 +231,7 @@ class RewardTrainer(PairPackingMixin, trl.RewardTrainer):
         logged = {"min_reward": rewards.min(), "mean_reward": rewards.mean(), "max_reward": rewards.max()}
         logged |= pair_metrics(pairs)
         for name, value in logged.items():
-            metrics[name].append(value.item())
+            metrics[name].append(value)
         if not model.training:
             self.evaluated.append(pairs.float().cpu())
         return (loss, outputs) if return_outputs else loss
@@ -290,6 +285,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         if args.precompute_ref_log_probs and args.ref_model_name_or_path is None:
             self.ref_model = None
         self._patch_forwards()
+        self.data_collator = LayoutCollator(self.data_collator, args.packing, self.shares_prefix)
         self.settle_objective()
 
     def settle_objective(self) -> None:
@@ -375,7 +371,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         self.record_pairs(log_probs.detach(), inputs)
         for name, value in metrics.items():
             mode = "train" if self.model.training else "eval"
-            self._metrics[mode][name].append(self.accelerator.gather_for_metrics(value).mean().item())
+            self._metrics[mode][name].append(self.accelerator.gather_for_metrics(value).mean())
         return (loss + added, outputs) if return_outputs else loss + added
 
     def record_pairs(self, log_probs: torch.Tensor, inputs: dict[str, torch.Tensor]) -> None:
@@ -386,7 +382,7 @@ class DPOTrainer(PairPackingMixin, trl.DPOTrainer):
         pairs = self.accelerator.gather_for_metrics(self.rewards)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name in ("accuracy", "ties"):
-            metrics[name].append(pair_metrics(pairs)[name].item())
+            metrics[name].append(pair_metrics(pairs)[name])
         if not self.model.training:
             self.evaluated.append(pairs.float().cpu())
 
