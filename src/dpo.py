@@ -28,7 +28,7 @@ def main(recipe: Recipe) -> DPOTrainer:
     assert isinstance(recipe.training, DPOConfig)
     with held(Path(recipe.training.output_dir)):
         run = prepare(recipe)
-        model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer)
+        model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer, run.weights)
         trainer = DPOTrainer(
             model=model,
             ref_model=load_reference(recipe, run.tokenizer),

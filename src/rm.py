@@ -28,7 +28,7 @@ def main(recipe: Recipe) -> RewardTrainer:
     assert isinstance(recipe.training, RewardConfig)
     with held(Path(recipe.training.output_dir)):
         run = prepare(recipe)
-        model, peft_config = load_model(AutoModelForSequenceClassification, recipe, run.tokenizer)
+        model, peft_config = load_model(AutoModelForSequenceClassification, recipe, run.tokenizer, run.weights)
         trainer = RewardTrainer(
             model=model,
             args=recipe.training,

@@ -28,7 +28,7 @@ def main(recipe: Recipe) -> SFTTrainer:
     assert isinstance(recipe.training, SFTConfig)
     with held(Path(recipe.training.output_dir)):
         run = prepare(recipe)
-        model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer)
+        model, peft_config = load_model(AutoModelForCausalLM, recipe, run.tokenizer, run.weights)
         trainer = SFTTrainer(
             model=model,
             args=recipe.training,

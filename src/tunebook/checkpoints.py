@@ -329,10 +329,9 @@ def check_resume(checkpoint: Path, record: Record, force: bool) -> bool:
             f"{checkpoint} has no optimizer state for this launch ({'; '.join(unfit)}). {SET_BACK}, or `force_resume: "
             "true` to resume with a new optimizer state."
         )
-    if unfit and "engine" in record and not holds_weights(before, record["engine"]):
+    if unfit and not any(name.endswith(".safetensors") for name in before["files"]):
         raise RecipeError(
-            f"{checkpoint} cannot be loaded in this launch ({'; '.join(unfit)}), with `force_resume` either. "
-            "Launch as before, or start anew from its weights: `model_name_or_path`."
+            f"{checkpoint} has no weights that another launch can read ({'; '.join(unfit)}). Launch as before."
         )
     old, new = before["recipe"], record.get("recipe", before["recipe"])
     for name in sorted(old.keys() | new.keys()):
@@ -353,15 +352,6 @@ def differences(before: Mapping[str, object], now: Mapping[str, object], names: 
         elif old != new:
             lines.append(f"{name}: {old} -> {new}")
     return lines
-
-
-def holds_weights(manifest: Manifest, engine: str) -> bool:
-    """Return whether the Trainer can load a checkpoint's weights under an engine."""
-    own, names = manifest["engine"] == engine, manifest["files"]
-    has_fsdp = any(name.startswith("pytorch_model_fsdp") for name in names)
-    if engine == "none":
-        return not has_fsdp and any(name.endswith(".safetensors") for name in names)
-    return own and has_fsdp == (engine == "fsdp")
 
 
 def rotate(

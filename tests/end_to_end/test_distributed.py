@@ -21,6 +21,7 @@ RUNS = {
     "dpo with LoRA": ("dpo", {"packing": True, "use_peft": True}, AutoPeftModelForCausalLM, REWARDS),
     "dpo further": ("dpo", {"use_peft": True, "adapter_name_or_path": "ADAPTER"}, AutoPeftModelForCausalLM, REWARDS),
 }
+FORCED = ["sft", "dpo", "dpo further"]  # are resumed from a checkpoint of another launch
 KEYS = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "do_eval": True, "test_split_size": 8}
 KEYS |= {"global_batch_size": 8, "per_device_train_batch_size": 2, "per_device_eval_batch_size": 4}
 # With dropout, so that the random state matters
@@ -54,17 +55,24 @@ def one_process(recipes, tmp_path_factory):
 
 
 @pytest.fixture(scope="module", params=["ddp", "zero2", "zero3"])
-def two_processes(request, recipes, tmp_path_factory):
-    """Folder of the runs of two processes, of one that resumes from a checkpoint of the first, and of two with
-    evaluations, with and without generations."""
+def two_processes(request, recipes, one_process, tmp_path_factory):
+    """Folder of the runs of two processes, of one that resumes from a checkpoint of the first, of some that resume from
+    one process's, and of two with evaluations, with and without generations."""
     folder = tmp_path_factory.mktemp(request.param)
     runs = recipes(folder)
     resumed = {"output_dir": str(folder / "resumed"), "resume_from_checkpoint": str(folder / "sft" / "checkpoint-2")}
     evaluated = runs["sft"][1] | EVALUATED
     more = [runs["sft"][1] | resumed, evaluated | {"output_dir": str(folder / "silent")}]
     more += [evaluated | GENERATING | {"output_dir": str(folder / "generating")}]
+    runs |= {f"{name} of one process": of_another(*runs[name], one_process / name) for name in FORCED}
     launch_runs([*runs.values(), *(("sft", keys) for keys in more)], config=request.param, processes=2)
     return folder
+
+
+def of_another(task, keys, run) -> tuple[str, dict]:
+    """Task and recipe that resume from another launch's checkpoint after 2 steps."""
+    changes = {"output_dir": f"{keys['output_dir']} of one process", "force_resume": True}
+    return task, keys | changes | {"resume_from_checkpoint": str(run / "checkpoint-2")}
 
 
 def metrics(folder, name) -> list[float]:
@@ -85,6 +93,16 @@ def test_two_processes_equal_one(run, one_process, two_processes):
 def test_two_processes_resume_from_their_checkpoint(two_processes):
     assert not (two_processes / "resumed" / "checkpoint-2").exists()
     assert metrics(two_processes / "resumed", "loss") == pytest.approx(metrics(two_processes / "sft", "loss"), rel=1e-6)
+
+
+@pytest.mark.parametrize("run", FORCED)
+def test_a_checkpoint_of_another_launch_is_resumed_by_force(run, one_process, two_processes, recipes, tmp_path):
+    """The loss after the checkpoint is that of its weights; the steps after it have another optimizer's state."""
+    expected = metrics(one_process / run, "loss")[:3]
+    assert metrics(two_processes / f"{run} of one process", "loss")[:3] == pytest.approx(expected, rel=1e-4)
+    task, keys = of_another(*recipes(tmp_path)[run], two_processes / run)
+    run_script(task, keys)
+    assert metrics(tmp_path / f"{run} of one process", "loss")[:3] == pytest.approx(expected, rel=1e-4)
 
 
 def test_two_processes_generate_what_one_does_and_train_as_without(two_processes, tiny):

@@ -140,14 +140,24 @@ def load_adapter(model: PreTrainedModel, recipe: Recipe, config: PeftConfig) -> 
     adapted = get_peft_model(model, config, autocast_adapter_dtype=casts)
     assert isinstance(adapted, PeftModel)
     with foreign(f"`adapter_name_or_path` {name}", fault=f"does not fit {args.model_name_or_path}"):
-        with gather_params_ctx(trained_weights(adapted)):
-            loaded = adapted.load_adapter(
-                name, "default", is_trainable=True, revision=args.adapter_revision, autocast_adapter_dtype=casts
-            )
-        # PEFT also saves embeddings by names that it does not take back
-        if different := [key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if ".lora_" in key]:
-            raise ValueError(f"{len(different)} weights are in one of them only: {different[0]}, ...")
+        read_weights(adapted, name, args.adapter_revision, casts)
     return adapted
+
+
+def read_weights(model: PeftModel, name: str, revision: str | None = None, casts: bool = False) -> None:
+    """Read the weights of the adapter that a model trains, from one in a folder or on the Hub.
+
+    Args:
+        casts: weights in half precision become float32.
+
+    Raises:
+        ValueError: when the two have not the same weights.
+    """
+    with gather_params_ctx(trained_weights(model)):
+        loaded = model.load_adapter(name, "default", is_trainable=True, revision=revision, autocast_adapter_dtype=casts)
+    # PEFT also saves embeddings by names that it does not take back
+    if different := [key for key in (*loaded.missing_keys, *loaded.unexpected_keys) if ".lora_" in key]:
+        raise ValueError(f"{len(different)} weights are in one of them only: {different[0]}, ...")
 
 
 def trained_weights(model: torch.nn.Module) -> list[torch.nn.Parameter]:

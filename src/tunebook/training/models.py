@@ -150,16 +150,22 @@ def longest_row(dataset: Dataset) -> int:
 
 
 def load_model(
-    architecture: type, recipe: Recipe, tokenizer: PreTrainedTokenizerBase
+    architecture: type, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, weights: Path | None = None
 ) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
     """Return the model to train, fitted to the tokenizer, and the config of its adapter, if the recipe asks for a new
     one. One that is trained further is on the model already.
+
+    Args:
+        weights: checkpoint of the run that the model's weights are read from, but not those of an adapter.
 
     Raises:
         RecipeError: when it cannot be loaded, or an adapter does not fit it.
     """
     args, peft_config = recipe.model, trained_adapter(recipe)
-    model = read_model(architecture, recipe, args.model_name_or_path, args.model_revision)
+    source = args.model_name_or_path, args.model_revision
+    if weights is not None and not args.use_peft:
+        source = str(weights), "main"
+    model = read_model(architecture, recipe, *source)
     settle_balancing_loss(model, recipe.training)
     resized = fit_tokenizer(model, tokenizer)
     if peft_config is not None and args.adapter_name_or_path is not None:

@@ -29,6 +29,7 @@ from ..errors import RecipeError, plain, user_errors
 from ..files import write_yaml
 from ..following.staging import StagingCallback
 from ..packing.context_parallel import ContextParallelMixin
+from .adapters import read_weights
 from .finite import FiniteMixin
 from .optimizers import MuonMixin
 from .refusals import NO_BATCH
@@ -258,10 +259,12 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         if state.best_global_step is None or saved is None:
             return
         path = checkpoint.parent / f"{PREFIX_CHECKPOINT_DIR}-{state.best_global_step}"
-        if checkpoints.complete_manifest(path) is not None:
+        manifest = checkpoints.complete_manifest(path)
+        if manifest is not None and manifest.get("engine") == self.record["engine"]:
             state.best_model_checkpoint = str(path)
             return
-        logger.warning("The best checkpoint, %s, is not there any more. The best is sought from here on.", path)
+        text = "The best checkpoint, %s, is not there any more, or another launch's. The best is sought from here on."
+        logger.warning(text, path)
         state.best_model_checkpoint = state.best_global_step = state.best_metric = None
 
     def create_optimizer(self, model: PreTrainedModel | PeftModel | None = None) -> torch.optim.Optimizer:
@@ -270,6 +273,24 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         if is_new:
             self.settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         return optimizer
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        if self.loads_optimizer:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: DataLoader[Any], resume_from_checkpoint: str | None
+    ) -> tuple[torch.nn.Module, DataLoader[Any]]:
+        # PATCH(transformers<5.25): each engine loads weights together with an optimizer's state that it saved itself,
+        # so those of another launch are in the model before it is sharded. Waits for transformers/trainer.py:1809.
+        # Delete when they are loaded apart.
+        if resume_from_checkpoint is None or self.loads_optimizer:
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if isinstance(model := self.accelerator.unwrap_model(self.model), PeftModel):
+            read_weights(model, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         # PATCH(transformers<5.25): optimizer and schedule resume with the checkpoint's settings, whatever the recipe

@@ -57,6 +57,11 @@ class Run:
     record: checkpoints.Record  # what the run is made of, for the checkpoints' manifests
     prompts: Sequence[Prompt]  # of `eval_prompts`
 
+    @property
+    def weights(self) -> Path | None:
+        """Return the checkpoint to load the model from: one whose optimizer's state does not fit this launch."""
+        return None if self.loads_optimizer else self.checkpoint
+
 
 def prepare(recipe: Recipe) -> Run:
     """Do all that comes before the model: logs, seed, trackers, the resolved recipe, tokenizer and data.
