@@ -9,6 +9,7 @@ from math import ceil
 from typing import Any
 
 from ..following.benchmarks import find_benchmark
+from . import peers
 
 Settings = Mapping[str, Any]
 
@@ -71,4 +72,4 @@ def openrlhf_sources(value: object, settings: Settings) -> dict[str, Any]:
 
 
 FUNCTIONS = (handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources)
-CONVERSIONS = {function.__name__: function for function in FUNCTIONS}
+CONVERSIONS = {function.__name__: function for function in (*FUNCTIONS, *peers.FUNCTIONS)}

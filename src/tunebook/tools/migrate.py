@@ -23,14 +23,12 @@ from ..recipe.command_line import read_words
 from ..recipe.keys import old_keys
 from ..recipe.words import find_task, split_flags
 from .conversions import CONVERSIONS, Settings
+from .peers import INFO, find_info
 
+ORDER = ("handbook", "openrlhf", "llamafactory", "axolotl", "swift", "open_instruct", "trl")  # of the documentation
 LAUNCH = "accelerate launch --config_file"  # a key of the tables that is not one of the recipe
-COMMAND = re.compile(r"train_(sft|rm|dpo)(?:\.py)?(?=\s|$)")
-
-
-def systems() -> list[str]:
-    """Return the names of the tables in migrations/."""
-    return sorted(path.stem for path in Path(__file__).with_name("migrations").glob("*.yaml"))
+# A line of a script that sets a variable to one word
+ASSIGNMENT = re.compile(r"""^[ \t]*(?:export[ \t]+)?(\w+)=(?:"([^"$`]*)"|'([^'$`]*)'|([^\s"'$`#;]*))[ \t]*$""", re.M)
 
 
 @cache
@@ -100,17 +98,22 @@ class Migration:
         settings, shown = {"task": self.task}, {}
         for written, value in given.items():
             name = newer.get(written, written)
-            text = show(written, "***" if name in table["secrets"] else value, table["command"])
-            if table["command"] and re.search(r"\$[\w{(]", str(value)):
+            if name == INFO:
+                settings[name] = value
+                continue
+            text = show(written, "***" if name in table["secrets"] else value, bool(table["command"]))
+            if table["command"] and re.search(r"\$([\w{(]|$)", str(value)):
                 self.left[text] = "It holds a variable of the shell. Fill in the value."
             else:
                 settings[name], shown[name] = value, text
         for name, value in {**table["defaults"].get("all", {}), **table["defaults"].get(self.task, {})}.items():
             settings.setdefault(name, value)
-            shown.setdefault(name, f"default of {'--' * table['command']}{name}")
+            shown.setdefault(name, f"default of {'--' if table['command'] else ''}{name}")
         # A table of all settings has the order of a recipe; else the user's order is kept
         for name in dict.fromkeys([*table["settings"], *shown] if table["unlisted"] else shown):
             entry = table["settings"].get(name, {"note": table["unlisted"]} if table["unlisted"] else {"keys": name})
+            if "tasks" in table and name not in {*table["settings"], *schema.task_keys(self.task)}:
+                entry = {"note": "It has no counterpart in tunebook."}
             if name in shown:
                 self.add(name, entry, settings, shown[name])
         self.sharding = self.recipe.pop(LAUNCH, self.sharding)
@@ -124,7 +127,7 @@ class Migration:
             return
         if keys == {} and not shown.startswith("default of "):
             off = "It is off, or has no effect in this combination."
-            self.left[shown] = entry.get("otherwise", off) if list_keys(entry) else entry["note"]
+            self.left[shown] = entry.get("otherwise", off) if list_keys(entry) else entry.get("note", off)
         origin = f"{shown}. {entry['caveat']}" if "caveat" in entry else shown
         for key, new in (keys or {}).items():
             if self.recipe.setdefault(key, new) != new:
@@ -165,15 +168,38 @@ class Migration:
         return text + "".join(f"# {line}\n" for line in self.remarks())
 
 
+def find_commands(text: str) -> list[tuple[str, re.Match[str]]]:
+    """Return the system and the place of each training command in a text, outside of comments."""
+    found = [
+        (name, match)
+        for name in ORDER
+        if (pattern := read_table(name)["command"])
+        for match in re.finditer(pattern, text)
+    ]
+    return [(name, m) for name, m in found if "#" not in text[text.rfind("\n", 0, m.start()) + 1 : m.start()]]
+
+
+def fill_in(text: str) -> str:
+    """Return a script with the variables that it sets to plain words replaced by them."""
+    values = {name: next(filter(None, words), "") for name, *words in ASSIGNMENT.findall(text)}
+    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: values.get(m[1] or m[2], m[0]), text)
+
+
 def read_command(text: str, task: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the task and the flags of the one OpenRLHF command in a text, such as a shell script."""
-    text = re.sub(r"\\\n", " ", text)
-    found = [m for m in COMMAND.finditer(text) if "#" not in text[text.rfind("\n", 0, m.start()) + 1 : m.start()]]
-    found = [match for match in found if task in (None, match[1])]
+    """Return the system, and the flags with the name of the command, of the one training command in a text, such as a
+    shell script."""
+    text = fill_in(re.sub(r"\\\n", " ", text))
+    found = [
+        (name, match)
+        for name, match in find_commands(text)
+        if task is None or task in tasks_of(read_table(name), {"command": match["command"]})
+    ]
     if len(found) != 1:
+        known = ", ".join(read_table(name)["title"] for name in ORDER if read_table(name)["command"])
         hint = " Choose one with --task." if found else ""
-        raise RecipeError(f"One command train_sft, train_rm or train_dpo is needed; found: {len(found)}.{hint}")
-    rest = text[found[0].end() :]
+        raise RecipeError(f"One training command is needed, of {known}; found: {len(found)}.{hint}")
+    [(name, match)] = found
+    rest = text[match.end() :]
     # Bash's $'...' knows escapes; shlex does not. The 2 of 2>&1 is not a value of the last flag.
     rest = re.sub(r"\$'((?:[^'\\]|\\.)*)'", lambda m: shlex.quote(m[1].replace("\\n", "\n").replace("\\'", "'")), rest)
     rest = re.sub(r"(?<=\s)\d(?=>)", "", rest)
@@ -182,26 +208,75 @@ def read_command(text: str, task: str | None) -> tuple[str, dict[str, Any]]:
     lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
     with user_errors():
         words = list(takewhile(lambda word: word[:1] != "#" and (not word or set(word) - set(ends)), lexer))
-    return found[0][1], {name: read_words(values) for name, values in split_flags(words).items()}
+    flags = {flag: read_words(values) for flag, values in split_flags(words).items()}
+    return name, {"command": match["command"], **flags}
+
+
+def tasks_of(table: Mapping[str, Any], settings: Settings) -> list[str]:
+    """Return the tasks that a system's settings may be for: by the command alone, more than one."""
+    known = [task for task, condition in table["tasks"].items() if needs.holds(condition, settings)]
+    alone = set(settings) == {"command"}
+    return known or [
+        task for task, text in table["tasks"].items() if alone and f"command: {settings['command']}" in text
+    ]
+
+
+def read_settings(path: Path) -> tuple[str, dict[str, Any]]:
+    """Return the one system that knows the names in a YAML file, and its settings.
+
+    Raises:
+        RecipeError: for a file of none.
+    """
+    settings = parser.read_recipe(path)
+    conditions = {name: read_table(name).get("recognized") for name in ORDER}
+    found = [name for name, condition in conditions.items() if condition and needs.holds(condition, settings)]
+    if len(found) != 1:
+        known = ", ".join(read_table(name)["title"] for name in ORDER if conditions[name])
+        raise RecipeError(f"{path} is not recognized as a file of {known}: no key tells which.")
+    return found[0], settings
 
 
 def migrate(source: str, task: str | None = None) -> Migration:
-    """Turn a YAML recipe of Open-R1 or the alignment-handbook, an OpenRLHF command or a script with one into a recipe.
+    """Turn the settings of a system in migrations/ into a recipe: a YAML file, a command, or a script with one.
 
     Raises:
-        RecipeError: when `source` is none of them, or its task is not known.
+        RecipeError: when `source` is none of them, its task is not known, or it trains what tunebook does not.
     """
-    path, is_command = Path(source), bool(COMMAND.search(source))
+    path, is_command = Path(source), bool(find_commands(source))
     if not is_command and path.suffix in (".yaml", ".yml"):
-        done = Migration(find_task(path, task), path.name)
-        done.carry_over(read_table("handbook"), parser.set_push_key(parser.read_recipe(path)))
+        name, given = read_settings(path)
     elif is_command or path.is_file():
-        task, flags = read_command(source if is_command else path.read_text(encoding="utf-8"), task)
-        done = Migration(task, "OpenRLHF" if is_command else path.name)
-        done.carry_over(read_table("openrlhf"), flags)
+        name, given = read_command(source if is_command else path.read_text(encoding="utf-8"), task)
     else:
-        raise RecipeError(f"{source} is neither a file nor an OpenRLHF command (train_sft, train_rm, train_dpo).")
+        raise RecipeError(f"{source} is neither a file nor a command of a system that can be migrated.")
+    table, shown = read_table(name), read_table(name)["title"] if is_command else path.name
+    if "files" in table and "command" not in given:
+        words = {*re.split(r"[^a-z]+", path.as_posix().lower())}
+        named = next((task for task in table["files"] if task in words), None)
+        given = {"command": table["files"][find_task(path, task or named)], **given}
+    if "tasks" not in table:
+        done = Migration(find_task(path, task), shown)
+        done.carry_over(table, parser.set_push_key(given))
+    else:
+        done = carry_over_task(table, given, shown, path)
     done.check()
+    return done
+
+
+def carry_over_task(table: Mapping[str, Any], settings: Settings, shown: str, path: Path) -> Migration:
+    """Carry over settings that say which task they are for."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    for rule in table["refused"]:
+        if needs.holds(rule["if"], given):
+            raise RecipeError(f"{shown}: {rule['why']}")
+    if not (tasks := tasks_of(table, {**given, "": None})):
+        which = ("command", "stage", "rl", "rlhf_type", "process_reward_model")
+        what = ", ".join(show(name, given[name]) for name in which if name in given)
+        raise RecipeError(f"{shown}: {what} is neither SFT nor a reward model nor DPO.")
+    if (info := find_info(path, given)) is not None:
+        given[INFO] = info
+    done = Migration(tasks[0], shown)
+    done.carry_over(table, given)
     return done
 
 
@@ -209,4 +284,4 @@ def tables() -> str:
     """Return docs/migrating.md from its first table on."""
     page = Path(__file__).with_name("migrations") / "page.jinja"
     template = Template(page.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    return template.render(tables=[read_table("handbook"), read_table("openrlhf")], list_keys=list_keys)
+    return template.render(tables=[read_table(name) for name in ORDER], list_keys=list_keys)
