@@ -10,8 +10,7 @@ from .migrate import ORDER, read_table
 
 PAGE = """# Keys
 
-Every key of a recipe, made by `make keys` from the classes that declare it. `tunebook schema sft --text` shows those of a
-task.
+Every key of a recipe, made by `make keys` from its class. `tunebook schema sft --text` shows those of one task.
 """
 TITLES = {"tunebook": "Keys of tunebook", "trl": "Keys of TRL", "transformers": "Keys of transformers"}
 COMMON = {"lr": "learning_rate", "epochs": "num_train_epochs", "dataset": "dataset_name", "seq_len": "max_length"}
