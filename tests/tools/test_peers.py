@@ -105,3 +105,13 @@ def test_every_setting_of_a_table_is_carried_over_or_listed(name):
             and not any(case.get("set") for case in entry.get("cases", ()))
         ):
             assert "note" in entry, setting
+
+
+def test_names_of_data_sets_that_no_list_explains_are_to_be_replaced(tmp_path):
+    path = tmp_path / "sft.yaml"
+    path.write_text("stage: sft\nmodel_name_or_path: m\noutput_dir: o\ndataset: alpaca_demo\n")
+    done = migrate(str(path))
+    assert done.recipe["dataset_name"] == "alpaca_demo"
+    assert done.to_do == [
+        "dataset_info.json was not found: replace the names of data sets by files, folders or Hub ids."
+    ]

@@ -276,6 +276,8 @@ def carry_over_task(table: Mapping[str, Any], settings: Settings, shown: str, pa
     if (info := find_info(path, given)) is not None:
         given[INFO] = info
     done = Migration(tasks[0], shown)
+    if info is None and {"dataset", "dataset_dir"} <= table["settings"].keys() and "dataset" in given:
+        done.to_do.append(f"{INFO} was not found: replace the names of data sets by files, folders or Hub ids.")
     done.carry_over(table, given)
     return done
 

@@ -28,7 +28,6 @@ TYPES: dict[str, dict[str, Any]] = {
     "chat_template.argilla": {},
     "bradley_terry.chat_template": {"prompt_column": "input", "apply_chat_template": True},
     "jeopardy": {"prompt_column": "question", "completion_column": "answer"},
-    "oasst": {},
     "chatml.intel": {"prompt_column": "question", "system_column": "system", "apply_chat_template": True},
     "chatml.prompt_pairs": {"prompt_column": "prompt", "system_column": "system", "apply_chat_template": True},
     "chatml.icr": {"prompt_column": "input", "system_column": "system", "apply_chat_template": True},
@@ -41,8 +40,8 @@ TYPES: dict[str, dict[str, Any]] = {
     },
 }
 FIELDS = {"field_messages": "messages_column", "field_chosen": "chosen_column", "field_rejected": "rejected_column"}
-READ = {"path", "name", "split", "data_files", "ds_type", "type", "field", "roles", "conversation", "shards", *FIELDS}
-READ |= {"message_property_mappings", "message_field_role", "message_field_content", "revision", "trust_remote_code"}
+READ = {"path", "name", "split", "data_files", "ds_type", "type", "field", "roles", *FIELDS}
+READ |= {"message_property_mappings", "message_field_role", "message_field_content", "trust_remote_code"}
 
 
 def find_info(source: Path, settings: Settings) -> dict[str, Any] | None:
@@ -61,7 +60,7 @@ def find_info(source: Path, settings: Settings) -> dict[str, Any] | None:
 
 def llamafactory_source(name: str, info: Mapping[str, Any] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the source of a data set by its name, and the keys that hold for all of the recipe's rows."""
-    if info is None:  # the names stay, and the recipe says that they are names
+    if info is None:  # the name stays, which the recipe's list of what is to do says
         return {"path": name}, {}
     entry = info[name]
     source: dict[str, Any] = {}
