@@ -139,6 +139,14 @@ def test_a_row_of_json_is_what_it_says_whatever_the_others_are(tmp_path_factory,
     assert found == given and list(map(json.dumps, nested[: len(rows)])) == list(map(json.dumps, nested[len(rows) :]))
 
 
+def test_a_single_line_of_json_lines_is_a_row(tmp_path):
+    """In a .json file, an object that has a list of objects and nothing else holds rows."""
+    rows = [{"b": [{"a": 1}]}]
+    for name, expected in (("rows.jsonl", rows), ("rows.json", [{"a": 1}])):
+        (tmp_path / name).write_text(json.dumps(rows[0]) + "\n")
+        assert read(tmp_path / name) == expected
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
 def test_text_stays_text(kind, tmp_path):
     rows = [{"text": value} for value in CASES["texts"]]

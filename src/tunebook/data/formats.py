@@ -56,8 +56,12 @@ def json_array(values: Sequence[Any]) -> pa.Array:
 # ---- JSON ----
 
 
-def read_json(open_file: Open, name: str) -> Iterator[pa.Table]:
-    """Read objects of a line each, a list of objects, or an object that holds one."""
+def read_json(open_file: Open, name: str, as_lines: bool = False) -> Iterator[pa.Table]:
+    """Read objects of a line each, a list of objects, or an object that holds one.
+
+    Args:
+        as_lines: a single line is a row, too, and no object that holds rows.
+    """
     file = open_file()
     line, block = 1, file.readline().removeprefix(codecs.BOM_UTF8)
     while block.isspace():
@@ -66,7 +70,7 @@ def read_json(open_file: Open, name: str) -> Iterator[pa.Table]:
     first, _, rest = block.partition(b"\n")
     if not block:
         return
-    if not is_object(first) or not rest.strip():
+    if not is_object(first) or not (as_lines or rest.strip()):
         yield from read_document((block + file.read()).decode(), name, line)
         return
     waiting: deque[tuple[int, bytes, Future[pa.Table | None]]] = deque()
@@ -306,7 +310,8 @@ def plain_table(batch: pa.RecordBatch) -> pa.Table:
 
 
 READERS: dict[str, Callable[[Open, str], Iterator[pa.Table]]] = {
-    **{"json": read_json, "jsonl": read_json, "ndjson": read_json},
+    "json": read_json,
+    **dict.fromkeys(("jsonl", "ndjson"), partial(read_json, as_lines=True)),
     **{"csv": read_csv, "tsv": partial(read_csv, delimiter="\t"), "txt": read_text},
     **{"parquet": read_parquet, "arrow": read_arrow, "feather": read_arrow},
 }
