@@ -4,6 +4,7 @@ Each takes a setting's value and all settings, and returns keys of the recipe: n
 They raise a TypeError, ValueError, KeyError or AttributeError where the setting does not have such a value.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
@@ -11,6 +12,23 @@ from typing import Any
 from ..following.benchmarks import find_benchmark
 
 Settings = Mapping[str, Any]
+LAUNCH = "accelerate launch --config_file"  # keys of the tables that are not of the recipe
+DIFFERS, TO_DO = "differs", "to do"  # lists of sentences
+CONFIGS = {  # what a file or a name of DeepSpeed or FSDP has in it -> the file in configs/accelerate
+    r"z(ero)?_?-?3.*offload|stage_?3.*offload": "zero3_offload",
+    r"z(ero)?_?-?3|stage_?3": "zero3",
+    r"z(ero)?_?-?2|stage_?2": "zero2",
+    r"z(ero)?_?-?1|stage_?1": "zero1",
+    r"fsdp.*offload": "fsdp2_offload",
+    r"fsdp": "fsdp2",
+    r"multi_gpu|ddp|z(ero)?_?-?0": "ddp",
+}
+
+
+def sharding(value: object, settings: Settings) -> dict[str, Any]:
+    """Return the config to launch with, by what another tool calls its own."""
+    name = next((name for pattern, name in CONFIGS.items() if re.search(pattern, str(value).lower())), None)
+    return {LAUNCH: f"configs/accelerate/{name}.yaml"} if name else {}
 
 
 def share_of(split: str, share: float) -> str:
@@ -70,5 +88,30 @@ def openrlhf_sources(value: object, settings: Settings) -> dict[str, Any]:
     return {"datasets": shared, "mixture_stopping": "all_exhausted"}
 
 
-FUNCTIONS = (handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources)
-CONVERSIONS = {function.__name__: function for function in FUNCTIONS}
+def word_list(value: object) -> list[str]:
+    """Return the parts of `a,b`, or of a list."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts]
+
+
+def module_names(value: object, settings: Settings) -> dict[str, Any]:
+    names = word_list(value)
+    return {"lora_target_modules": ["all-linear"] if {"all", "all-linear"} & set(names) else names}
+
+
+def rank_and_alpha(value: int, settings: Settings) -> dict[str, Any]:
+    return {"lora_r": value, "lora_alpha": 2 * value}
+
+
+def modules_to_save(value: object, settings: Settings) -> dict[str, Any]:
+    return {"lora_modules_to_save": word_list(value)}
+
+
+def new_tokens(value: object, settings: Settings) -> dict[str, Any]:
+    return {"new_tokens": word_list(value)}
+
+
+FUNCTIONS = (
+    *(handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources),
+    *(sharding, rank_and_alpha, module_names, modules_to_save, new_tokens),
+)

@@ -6,31 +6,34 @@ What cannot be carried over is listed, never dropped. docs/migrating.md is writt
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
 
-from ..errors import RecipeError, user_errors
-from ..files import read_yaml, write_yaml
+from ..errors import RecipeError
+from ..files import read_text, read_yaml, write_yaml
 from ..recipe import needs, parser, schema
-from ..recipe.command_line import read_words
 from ..recipe.keys import old_keys
-from ..recipe.words import find_task, split_flags
-from .conversions import CONVERSIONS, Settings
+from ..recipe.words import find_task
+from . import conversions, foreign_data
+from .commands import Command, find_commands
+from .conversions import DIFFERS, LAUNCH, TO_DO, Settings, sharding
 
-LAUNCH = "accelerate launch --config_file"  # a key of the tables that is not one of the recipe
-COMMAND = re.compile(r"train_(sft|rm|dpo)(?:\.py)?(?=\s|$)")
+CONVERSIONS = {function.__name__: function for function in (*conversions.FUNCTIONS, *foreign_data.FUNCTIONS)}
+FALLBACK = "handbook"  # whose keys are also TRL's own, which other tools share
 
 
 def systems() -> list[str]:
     """Return the names of the tables in migrations/."""
     return sorted(path.stem for path in Path(__file__).with_name("migrations").glob("*.yaml"))
+
+
+def titles() -> str:
+    return ", ".join(read_table(tool)["title"] for tool in systems())
 
 
 @cache
@@ -46,6 +49,7 @@ def read_table(system: str) -> dict[str, Any]:
 def list_keys(entry: Mapping[str, Any]) -> str:
     """Return the recipe's keys that a setting may become, as the documentation lists them."""
     fixed = [key for case in (entry, *entry.get("cases", ())) for key in case.get("set", ())]
+    fixed = [key for key in fixed if key not in (DIFFERS, TO_DO)]
     return entry.get("keys") or ", ".join(dict.fromkeys(fixed))
 
 
@@ -84,50 +88,63 @@ def show(name: str, value: object, flag: bool = False) -> str:
 
 @dataclass
 class Migration:
-    """A recipe; the setting that each of its keys was; settings that are not carried over, and why; what is to do."""
+    """A recipe; the setting that each of its keys was; settings that are not carried over, and why; what differs in
+    spite of them; what is to do."""
 
     task: str
     source: str
     recipe: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    differs: list[str] = field(default_factory=list)
     to_do: list[str] = field(default_factory=list)
-    sharding: str = "configs/accelerate/zero3.yaml"
+    sharding: str = ""
 
-    def carry_over(self, table: Mapping[str, Any], given: Settings) -> None:
-        """Add the given settings, and the defaults of their system for the others."""
+    def carry_over(self, table: Mapping[str, Any], given: Settings, context: Settings, flags: bool) -> None:
+        """Add the given settings, and the defaults of their system for the others.
+
+        Args:
+            context: what conditions and conversions know beside the settings: the command and the folder of the file.
+            flags: the settings are flags of a command.
+        """
         newer = {old: name for name, entry in table["settings"].items() for old in entry.get("older", "").split()}
-        settings, shown = {"task": self.task}, {}
+        settings, shown = {"task": self.task, **context}, {}
         for written, value in given.items():
             name = newer.get(written, written)
-            text = show(written, "***" if name in table["secrets"] else value, table["command"])
-            if table["command"] and re.search(r"\$[\w{(]", str(value)):
+            text = show(written, "***" if name in table["secrets"] else value, flags)
+            if flags and re.search(r"\$[\w{(]", str(value)):
                 self.left[text] = "It holds a variable of the shell. Fill in the value."
             else:
                 settings[name], shown[name] = value, text
         for name, value in {**table["defaults"].get("all", {}), **table["defaults"].get(self.task, {})}.items():
             settings.setdefault(name, value)
-            shown.setdefault(name, f"default of {'--' * table['command']}{name}")
+            shown.setdefault(name, f"default of {'--' * flags}{name}")
         # A table of all settings has the order of a recipe; else the user's order is kept
         for name in dict.fromkeys([*table["settings"], *shown] if table["unlisted"] else shown):
             entry = table["settings"].get(name, {"note": table["unlisted"]} if table["unlisted"] else {"keys": name})
             if name in shown:
                 self.add(name, entry, settings, shown[name])
-        self.sharding = self.recipe.pop(LAUNCH, self.sharding)
+        self.sharding = self.recipe.pop(LAUNCH, table["sharding"])
 
     def add(self, name: str, entry: Mapping[str, Any], settings: Settings, shown: str) -> None:
         """Add one setting; `shown` is the setting in one line."""
         try:
             keys = convert(entry, settings[name], settings)
+        except RecipeError:
+            raise
         except (TypeError, ValueError, KeyError, AttributeError):
             self.left[shown] = entry.get("otherwise", f"This is not a value of `{name}`.")
             return
         if keys == {} and not shown.startswith("default of "):
             off = "It is off, or has no effect in this combination."
-            self.left[shown] = entry.get("otherwise", off) if list_keys(entry) else entry["note"]
+            self.left[shown] = entry.get("otherwise", off if list_keys(entry) else entry.get("note", off))
         origin = f"{shown}. {entry['caveat']}" if "caveat" in entry else shown
         for key, new in (keys or {}).items():
-            if self.recipe.setdefault(key, new) != new:
+            if key in (DIFFERS, TO_DO):
+                (self.differs if key == DIFFERS else self.to_do).extend(new)
+            elif self.recipe.setdefault(key, new) != new and shown.startswith("default of "):
+                continue
+            elif self.recipe[key] != new:
                 self.left[shown] = f"The recipe already has `{show(key, self.recipe[key])}`."
             elif shown != show(key, new):
                 self.origins[key] = f"{self.origins[key]}, {origin}" if key in self.origins else origin
@@ -152,7 +169,8 @@ class Migration:
 
     def remarks(self) -> list[str]:
         """Return what is not carried over and what is to do, in lines."""
-        lists = {"Not carried over": [f"{shown}: {why}" for shown, why in self.left.items()], "To do": self.to_do}
+        left = [f"{shown}: {why}" for shown, why in self.left.items()]
+        lists = {"Not carried over": left, "Different here": self.differs, "To do": self.to_do}
         return [line for title, lines in lists.items() if lines for line in (f"{title}:", *(f"  {x}" for x in lines))]
 
     def __str__(self) -> str:
@@ -165,42 +183,100 @@ class Migration:
         return text + "".join(f"# {line}\n" for line in self.remarks())
 
 
-def read_command(text: str, task: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the task and the flags of the one OpenRLHF command in a text, such as a shell script."""
-    text = re.sub(r"\\\n", " ", text)
-    found = [m for m in COMMAND.finditer(text) if "#" not in text[text.rfind("\n", 0, m.start()) + 1 : m.start()]]
-    found = [match for match in found if task in (None, match[1])]
+def recognize(settings: Settings, name: str) -> str:
+    """Return the tool to which the settings of a file belong: the one that alone has such names.
+
+    Raises:
+        RecipeError: when they are of no tool, or of several.
+    """
+    marks = {tool: [mark for mark in read_table(tool)["marks"] if mark in settings] for tool in systems()}
+    found = {tool: names for tool, names in marks.items() if names}
+    if len(found) > 1:
+        found.pop(FALLBACK, None)
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
+        raise RecipeError(f"{name} has no key by which a file of one of these is known: {titles()}.")
+    shown = "; ".join(f"{', '.join(names)} of {read_table(tool)['title']}" for tool, names in found.items())
+    raise RecipeError(f"{name} has keys of several tools: {shown}. Leave the settings of one.")
+
+
+def find_file(name: str, folder: Path) -> Path:
+    """Return a file that a command names, from here or from a folder above the script.
+
+    Raises:
+        RecipeError: when it is not there.
+    """
+    path = next((above / name for above in (Path(), folder, *folder.parents) if (above / name).is_file()), None)
+    if path is None:
+        raise RecipeError(f"The command reads its settings from {name}, which is not there. Migrate that file.")
+    return path
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    return parser.set_push_key(parser.read_recipe(path))
+
+
+def find_task_of(table: Mapping[str, Any], given: Settings, name: str, task: str | None) -> str:
+    """Return the task of settings.
+
+    Raises:
+        RecipeError: when tunebook cannot train so, or it is another than `task`.
+    """
+    why = next((rule["why"] for rule in table["refused"] if needs.holds(rule["if"], given)), None)
+    if why is not None:
+        raise RecipeError(f"{name} cannot be migrated. {why}")
+    found = next((task for task, condition in table["tasks"].items() if needs.holds(condition, given)), None)
+    if None not in (found, task) and found != task:
+        raise RecipeError(f"{name} is for --task {found}, not {task}.")
+    return found or find_task(name, task)
+
+
+def choose_command(text: str, task: str | None) -> Command:
+    """Return the one command of a text, such as a shell script, that trains, or trains `task`.
+
+    Raises:
+        RecipeError: when there are none or several.
+    """
+    found = find_commands(text, {tool: read_table(tool)["commands"] for tool in systems()})
+    if len(found) > 1 and task:
+        found = [
+            one for one in found if needs.holds(read_table(one.tool)["tasks"][task], {"command": one.word, **one.flags})
+        ]
     if len(found) != 1:
-        hint = " Choose one with --task." if found else ""
-        raise RecipeError(f"One command train_sft, train_rm or train_dpo is needed; found: {len(found)}.{hint}")
-    rest = text[found[0].end() :]
-    # Bash's $'...' knows escapes; shlex does not. The 2 of 2>&1 is not a value of the last flag.
-    rest = re.sub(r"\$'((?:[^'\\]|\\.)*)'", lambda m: shlex.quote(m[1].replace("\\n", "\n").replace("\\'", "'")), rest)
-    rest = re.sub(r"(?<=\s)\d(?=>)", "", rest)
-    ends = ";<>|&()\n"
-    lexer = shlex.shlex(rest, posix=True, punctuation_chars=ends)
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
-    with user_errors():
-        words = list(takewhile(lambda word: word[:1] != "#" and (not word or set(word) - set(ends)), lexer))
-    return found[0][1], {name: read_words(values) for name, values in split_flags(words).items()}
+        hint = " Choose one with --task, or put it into a file of its own." if found else ""
+        raise RecipeError(f"One command of {titles()} is needed; found: {len(found)}.{hint}")
+    return found[0]
 
 
 def migrate(source: str, task: str | None = None) -> Migration:
-    """Turn a YAML recipe of Open-R1 or the alignment-handbook, an OpenRLHF command or a script with one into a recipe.
+    """Turn settings of another tool, a YAML or JSON file, a command or a script with one, into a recipe.
 
     Raises:
-        RecipeError: when `source` is none of them, or its task is not known.
+        RecipeError: when `source` is none of them, its task is not known, or tunebook cannot train so.
     """
-    path, is_command = Path(source), bool(COMMAND.search(source))
-    if not is_command and path.suffix in (".yaml", ".yml"):
-        done = Migration(find_task(path, task), path.name)
-        done.carry_over(read_table("handbook"), parser.set_push_key(parser.read_recipe(path)))
+    path, patterns = Path(source), [read_table(tool)["commands"] for tool in systems()]
+    is_command = any(re.search(pattern, source) for pattern in patterns) and not (len(source) < 255 and path.is_file())
+    name, command = path.name, None
+    if not is_command and path.suffix in (".yaml", ".yml", ".json"):
+        given = read_file(path)
+        tool = recognize(given, path.name)
     elif is_command or path.is_file():
-        task, flags = read_command(source if is_command else path.read_text(encoding="utf-8"), task)
-        done = Migration(task, "OpenRLHF" if is_command else path.name)
-        done.carry_over(read_table("openrlhf"), flags)
+        command = choose_command(source if is_command else read_text(path), task)
+        tool, name = command.tool, read_table(command.tool)["title"] if is_command else path.name
+        folder = Path() if is_command else path.absolute().parent
+        files = [read_file(find_file(file, folder)) for file in command.files]
+        given = {key: value for settings in (*files, command.flags) for key, value in settings.items()}
     else:
-        raise RecipeError(f"{source} is neither a file nor an OpenRLHF command (train_sft, train_rm, train_dpo).")
+        raise RecipeError(f"{source} is neither a file nor a command of {titles()}.")
+    table = read_table(tool)
+    if not table["keeps_null"]:
+        given = {key: value for key, value in given.items() if value not in (None, "", [], {})}
+    context = {"command": command.word if command else "", "folder": str(path.absolute().parent)}
+    done = Migration(find_task_of(table, {**context, **given}, name if is_command else source, task), name)
+    done.carry_over(table, given, context, flags=command is not None)
+    if command and (launch := sharding(command.launcher, {})) and done.sharding == table["sharding"]:
+        done.sharding = launch[LAUNCH]
     done.check()
     return done
 
@@ -209,4 +285,4 @@ def tables() -> str:
     """Return docs/migrating.md from its first table on."""
     page = Path(__file__).with_name("migrations") / "page.jinja"
     template = Template(page.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    return template.render(tables=[read_table("handbook"), read_table("openrlhf")], list_keys=list_keys)
+    return template.render(tables=[read_table(tool) for tool in systems()], list_keys=list_keys)
