@@ -109,3 +109,18 @@ def test_the_words_of_other_tools_are_answered_with_our_key():
     for word, key in words.items():
         with pytest.raises(RecipeError, match=f"`{word}` is a word of OpenRLHF. Set `{key}`"):
             refuse_wrong_keys("sft", [f"--{word}", "1"])
+    words = {"cutoff_len": "max_length", "sequence_len": "max_length", "base_model": "model_name_or_path"}
+    words |= {
+        "micro_batch_size": "per_device_train_batch_size",
+        "lora_rank": "lora_r",
+        "val_set_size": "test_split_size",
+    }
+    words |= {
+        "num_epochs": "num_train_epochs",
+        "lr": "learning_rate",
+        "epochs": "num_train_epochs",
+        "model": "model_name",
+    }
+    for word, key in words.items():
+        with pytest.raises(RecipeError, match=f"`{word}` .*Set `{key}"):
+            refuse_wrong_keys("sft", [f"--{word}", "1"])

@@ -145,7 +145,7 @@ def folder(tmp_path):
 
 @pytest.mark.parametrize("case", CASES["tools"], ids=lambda case: f"{case['tool']}-{case['task']}")
 def test_each_setting_of_a_tool_arrives_with_its_value_or_is_listed(case, folder):
-    path = folder / ("settings.yaml" if "given" in case else "run.sh")
+    path = folder / (f"{case['task']}.yaml" if "given" in case else "run.sh")
     path.write_text(write_yaml(case["given"]) if "given" in case else case["command"])
     done = migrate(str(path))
     wanted = json.loads(json.dumps(case["keys"]).replace("INFO", str(folder / "data")))

@@ -82,6 +82,9 @@ class Steps:
         self.clock.now += 2
         self._total_train_tokens += 100
 
+    def count_tokens(self):
+        return self._total_train_tokens
+
     def evaluate(self):
         self.clock.now += 50
 

@@ -41,7 +41,7 @@ def load_chat_model(name: str, revision: str) -> tuple[PreTrainedModel, PreTrain
         model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, revision=base_revision))
         if adapter is not None:
             model = cast(PreTrainedModel, put_adapter(model, name, revision))
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     model.to(device)  # type: ignore[arg-type] # transformers' wrapper hides that it takes a device
     return model.eval(), tokenizer
 

@@ -257,11 +257,11 @@ def check(
 
 @app.command()
 def migrate(
-    source: Annotated[str, typer.Argument(help="Recipe (.yaml), OpenRLHF command, or script with one.")],
+    source: Annotated[str, typer.Argument(help="File of settings (.yaml), command, or script with one.")],
     out: Annotated[Path | None, typer.Option(help="Recipe to write. It must not exist. Default: shown here.")] = None,
     task: Task = None,
 ) -> None:
-    """Turn Open-R1's, the alignment-handbook's and OpenRLHF's settings into a recipe."""
+    """Turn the settings of LLaMA-Factory, axolotl, ms-swift, open-instruct, TRL, OpenRLHF, Open-R1 into a recipe."""
     with redirect_stdout(sys.stderr):
         from .migrate import migrate
 

@@ -28,13 +28,14 @@ class Command:
     launcher: str  # what stands before it: accelerate launch --config_file ...
     files: list[str]  # the files from which it reads settings
     flags: dict[str, Any]
+    variables: dict[str, str]  # of the environment, as the script sets them
 
 
 def find_commands(text: str, patterns: Mapping[str, str]) -> list[Command]:
     """Return the commands of a script, or of a line, in their order.
 
     Args:
-        patterns: tool -> regular expression of the words by which it is called; its group `command` says for what.
+        patterns: tool -> regular expression of the words by which it is called; its groups say for what.
 
     Raises:
         RecipeError: when the words of one cannot be read.
@@ -44,19 +45,24 @@ def find_commands(text: str, patterns: Mapping[str, str]) -> list[Command]:
     begins = {start: text.rfind("\n", 0, start) + 1 for start, _, _ in found}
     found = [(start, tool, m) for start, tool, m in found if "#" not in text[begins[start] : start]]
     variables = read_variables(text)
-    return [
-        read_command(
-            tool, m["command"], *(expand(part, variables) for part in (text[begins[start] : start], text[m.end() :]))
-        )
-        for start, tool, m in sorted(found, key=lambda one: one[0])
-    ]
+    environment = {name: value for name, value in variables.items() if name.isupper()}
+    commands = []
+    for start, tool, match in sorted(found, key=lambda one: one[0]):
+        launcher, rest = (expand(part, variables) for part in (text[begins[start] : start], text[match.end() :]))
+        if launcher.count('"') % 2:  # it stands in quotes, alone or with its flags
+            rest = rest.removeprefix('"') if rest.startswith('"') else rest.partition('"')[0]
+        files, flags = read_words_of(rest)
+        word = next(filter(None, match.groups()), "")
+        commands.append(Command(tool, word, launcher, files, flags, environment))
+    return commands
 
 
 def read_variables(text: str) -> dict[str, str]:
     """Return the variables that a script sets to texts that are known."""
     variables: dict[str, str] = {name: " ".join(words.split()) for name, words in ARRAY.findall(text)}
-    for name, value in ASSIGNMENT.findall(text):
-        variables.setdefault(name, expand(value.strip("\"'"), variables))
+    for name, value in ASSIGNMENT.findall(re.sub(r"(?m)^\s*#.*$", "", text)):
+        value = expand(value.strip("\"'"), variables)
+        variables.setdefault(name, " ".join(value.split()) if "\n" in value else value)
     return variables
 
 
@@ -81,8 +87,8 @@ def compute(text: str) -> str:
     return str(value)
 
 
-def read_command(tool: str, word: str, launcher: str, rest: str) -> Command:
-    """Read a command up to its end in `rest`."""
+def read_words_of(rest: str) -> tuple[list[str], dict[str, Any]]:
+    """Return the files of settings and the flags of a command, up to its end in `rest`."""
     # Bash's $'...' knows escapes; shlex does not. The 2 of 2>&1 is not a value of the last flag.
     rest = re.sub(r"\$'((?:[^'\\]|\\.)*)'", lambda m: shlex.quote(m[1].replace("\\n", "\n").replace("\\'", "'")), rest)
     rest = re.sub(r"(?<=\s)\d(?=>)", "", rest)
@@ -98,4 +104,4 @@ def read_command(tool: str, word: str, launcher: str, rest: str) -> Command:
     flags = {name: read_words(values) for name, values in split_flags([*settings, *words[len(bare) :]]).items()}
     if "config" in flags:
         files.append(str(flags.pop("config")))
-    return Command(tool, word, launcher, files, flags)
+    return files, flags

@@ -4,6 +4,7 @@ Each takes a setting's value and all settings, and returns keys of the recipe: n
 They raise a TypeError, ValueError, KeyError or AttributeError where the setting does not have such a value.
 """
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from math import ceil
@@ -15,7 +16,7 @@ Settings = Mapping[str, Any]
 LAUNCH = "accelerate launch --config_file"  # keys of the tables that are not of the recipe
 DIFFERS, TO_DO = "differs", "to do"  # lists of sentences
 CONFIGS = {  # what a file or a name of DeepSpeed or FSDP has in it -> the file in configs/accelerate
-    r"z(ero)?_?-?3.*offload|stage_?3.*offload": "zero3_offload",
+    r"(z(ero)?_?-?|stage_?)3(?!.*no_offload).*offload": "zero3_offload",
     r"z(ero)?_?-?3|stage_?3": "zero3",
     r"z(ero)?_?-?2|stage_?2": "zero2",
     r"z(ero)?_?-?1|stage_?1": "zero1",
@@ -88,6 +89,14 @@ def openrlhf_sources(value: object, settings: Settings) -> dict[str, Any]:
     return {"datasets": shared, "mixture_stopping": "all_exhausted"}
 
 
+def fsdp(value: object, settings: Settings) -> dict[str, Any]:
+    """Return the config to launch with, where the settings shard with FSDP and may offload."""
+    fsdp_config = settings.get("fsdp_config")
+    asked = fsdp_config if isinstance(fsdp_config, dict) else {}
+    offloads = asked.get("offload_params") or asked.get("fsdp_offload_params") or "offload" in str(settings.get("fsdp"))
+    return {LAUNCH: f"configs/accelerate/fsdp2{'_offload' * bool(offloads)}.yaml"}
+
+
 def word_list(value: object) -> list[str]:
     """Return the parts of `a,b`, or of a list."""
     parts = value if isinstance(value, list) else str(value).split(",")
@@ -108,10 +117,51 @@ def modules_to_save(value: object, settings: Settings) -> dict[str, Any]:
 
 
 def new_tokens(value: object, settings: Settings) -> dict[str, Any]:
+    if isinstance(value, dict):
+        raise ValueError("these tokens have a meaning")
     return {"new_tokens": word_list(value)}
+
+
+def special_tokens(value: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+    names = ", ".join(name for name in value if name != "eos_token")
+    others = {DIFFERS: [f"The {names} is the tokenizer's own."]} if names else {}
+    return {key: value[key] for key in ("eos_token",) if key in value} | others
+
+
+def steps_per_epoch(name: str, count: float, settings: Settings) -> dict[str, Any]:
+    """Return when something is done `count` times an epoch: after each, or after a share of all steps."""
+    if count == 1 or "max_steps" in settings:
+        return {f"{name}_strategy": "epoch"}
+    return {f"{name}_strategy": "steps", f"{name}_steps": round(1 / (count * settings["num_epochs"]), 6)}
+
+
+def evaluations_per_epoch(value: float, settings: Settings) -> dict[str, Any]:
+    return steps_per_epoch("eval", value, settings) | {"eval_on_start": True}
+
+
+def saves_per_epoch(value: float, settings: Settings) -> dict[str, Any]:
+    return steps_per_epoch("save", value, settings)
+
+
+def axolotl_modules(value: object, settings: Settings) -> dict[str, Any]:
+    if isinstance(value, str) and re.search(r"[\[\]()|*\\]", value):
+        return {TO_DO: ["`lora_target_modules` is a pattern of names there. Set a list of names, or leave PEFT's own."]}
+    return {DIFFERS: []} if settings.get("lora_target_linear") else module_names(value, settings)
+
+
+def axolotl_plugins(value: Sequence[str], settings: Settings) -> dict[str, Any]:
+    names = [name.rpartition(".")[2] for name in value]
+    unknown = [name for name in names if name not in ("LigerPlugin", "CutCrossEntropyPlugin")]
+    liger = {"use_liger_kernel": True} if "LigerPlugin" in names else {}
+    return liger | {DIFFERS: [f"The plugin {name} has no counterpart." for name in unknown]}
+
+
+def checkpointing_kwargs(value: object, settings: Settings) -> dict[str, Any]:
+    return {"activation_checkpointing_kwargs": json.loads(value) if isinstance(value, str) else value}
 
 
 FUNCTIONS = (
     *(handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources),
-    *(sharding, rank_and_alpha, module_names, modules_to_save, new_tokens),
+    *(sharding, fsdp, rank_and_alpha, module_names, modules_to_save, new_tokens, special_tokens),
+    *(evaluations_per_epoch, saves_per_epoch, axolotl_modules, axolotl_plugins, checkpointing_kwargs),
 )

@@ -24,7 +24,7 @@ from .commands import Command, find_commands
 from .conversions import DIFFERS, LAUNCH, TO_DO, Settings, sharding
 
 CONVERSIONS = {function.__name__: function for function in (*conversions.FUNCTIONS, *foreign_data.FUNCTIONS)}
-FALLBACK = "handbook"  # whose keys are also TRL's own, which other tools share
+FALLBACK = "trl"  # whose keys other tools share
 
 
 def systems() -> list[str]:
@@ -104,7 +104,7 @@ class Migration:
         """Add the given settings, and the defaults of their system for the others.
 
         Args:
-            context: what conditions and conversions know beside the settings: the command and the folder of the file.
+            context: what conditions and conversions know in addition to the settings: the command and the folder of the file.
             flags: the settings are flags of a command.
         """
         newer = {old: name for name, entry in table["settings"].items() for old in entry.get("older", "").split()}
@@ -135,7 +135,8 @@ class Migration:
         except (TypeError, ValueError, KeyError, AttributeError):
             self.left[shown] = entry.get("otherwise", f"This is not a value of `{name}`.")
             return
-        if keys == {} and not shown.startswith("default of "):
+        says_nothing = shown.startswith("default of ") or (settings[name] is False and "otherwise" not in entry)
+        if keys == {} and not says_nothing:
             off = "It is off, or has no effect in this combination."
             self.left[shown] = entry.get("otherwise", off if list_keys(entry) else entry.get("note", off))
         origin = f"{shown}. {entry['caveat']}" if "caveat" in entry else shown
@@ -165,7 +166,9 @@ class Migration:
     def drop(self, reasons: Mapping[str, str]) -> None:
         for name, why in reasons.items():
             shown = show(name, self.recipe.pop(name))
-            self.left[self.origins.pop(name, shown)] = why
+            shown = self.origins.pop(name, shown)
+            if not shown.startswith("default of "):
+                self.left[shown] = why
 
     def remarks(self) -> list[str]:
         """Return what is not carried over and what is to do, in lines."""
@@ -229,7 +232,8 @@ def find_task_of(table: Mapping[str, Any], given: Settings, name: str, task: str
     found = next((task for task, condition in table["tasks"].items() if needs.holds(condition, given)), None)
     if None not in (found, task) and found != task:
         raise RecipeError(f"{name} is for --task {found}, not {task}.")
-    return found or find_task(name, task)
+    words = [word for part in reversed(Path(name).parts) for word in re.split(r"[^a-z]+", part.lower())]
+    return find_task(name, found or task or next((word for word in words if word in schema.TASKS), None))
 
 
 def choose_command(text: str, task: str | None) -> Command:
@@ -273,7 +277,10 @@ def migrate(source: str, task: str | None = None) -> Migration:
     if not table["keeps_null"]:
         given = {key: value for key, value in given.items() if value not in (None, "", [], {})}
     context = {"command": command.word if command else "", "folder": str(path.absolute().parent)}
-    done = Migration(find_task_of(table, {**context, **given}, name if is_command else source, task), name)
+    context |= {"types": table.get("types", {}), **(command.variables if command else {})}
+    newer = {old: new for new, entry in table["settings"].items() for old in entry.get("older", "").split()}
+    known = {newer.get(key, key): value for key, value in given.items()}
+    done = Migration(find_task_of(table, {**context, **known}, name if is_command else source, task), name)
     done.carry_over(table, given, context, flags=command is not None)
     if command and (launch := sharding(command.launcher, {})) and done.sharding == table["sharding"]:
         done.sharding = launch[LAUNCH]

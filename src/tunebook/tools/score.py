@@ -32,7 +32,7 @@ def load_scorer(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id or 0
     pack_reward_model(model, packing=False)
-    model.to(torch.accelerator.current_accelerator() or torch.device("cpu"))  # type: ignore[arg-type] # hidden by a wrapper
+    model.to(torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu"))  # type: ignore[arg-type] # hidden by a wrapper
     return model.eval(), tokenizer
 
 
