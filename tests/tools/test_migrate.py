@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tunebook.tools.cli import app
 from tunebook.tools.conversions import LAUNCH, share_of
 from tunebook.tools.migrate import (
     CONVERSIONS,
+    FALLBACK,
+    Migration,
     choose_command,
     list_keys,
     migrate,
@@ -36,6 +39,10 @@ deepspeed --module openrlhf.cli.train_rm --pretrain org/sft --save_path ./rm --s
 SFT = "openrlhf.cli.train_sft --pretrain org/base --dataset my.jsonl "
 DEFAULT = {"prompt_template": "User: {}\nAssistant: ", LAUNCH: "configs/accelerate/zero2.yaml"}
 CASES = read_cases("tools/migrate_cases.yaml")
+PUBLIC_KEYS = read_cases("tools/public_keys.yaml")
+UNKNOWN = {  # misspelled there, or without a meaning
+    "axolotl": ["context_parapllel_size", "test_value"],
+}
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +186,41 @@ def test_instruction_and_input_are_joined_as_llamafactory_joins_them(folder):
     done = migrated("instructions,mixed")
     assert "prompt_template" not in done.recipe and "joined by an empty line" in done.differs[0]
     assert done.recipe["datasets"][1]["columns"] == {"question": "instruction", "answer": "output"}
+
+
+def names_of(tool):
+    """Every name, old or new, of a tool's settings."""
+    settings = read_table(tool)["settings"]
+    return {*settings, *(old for entry in settings.values() for old in entry.get("older", "").split())}
+
+
+@pytest.mark.parametrize("tool", PUBLIC_KEYS)
+def test_every_setting_of_the_public_examples_has_an_entry_or_is_a_key_of_the_same_name(tool):
+    known = {name for task in TASKS for name in schema.task_keys(task)} | names_of(tool)
+    assert [name for name in PUBLIC_KEYS[tool].split() if name not in known] == UNKNOWN.get(tool, [])
+
+
+@pytest.mark.parametrize("tool", systems())
+def test_a_tool_is_recognized_by_names_that_no_other_has(tool):
+    marks = {other: set(read_table(other)["marks"]) for other in systems() if other != FALLBACK}
+    others = {name for other in marks if marks[other] and other != tool for name in names_of(other)}
+    assert not others & marks.get(tool, set())
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("tool", systems())
+def test_each_setting_with_any_value_is_carried_over_or_listed(tool, task, tmp_path):
+    table = read_table(tool)
+    context = {"command": "", "folder": str(tmp_path), "types": table.get("types", {})}
+    for name, entry in table["settings"].items():
+        silent = [case for case in (entry, *entry.get("cases", ())) if case.get("set") == {}]
+        for value in (1, 0.5, "some", ["some"], {"some": 1}, True):
+            done = Migration(task, "it")
+            with suppress(RecipeError):
+                done.carry_over(table, {name: value}, context, flags=False)
+                shown = (*done.origins.values(), *done.left, *done.differs, *done.to_do, *done.recipe)
+                told = any(name in words for words in shown) or done.sharding != table["sharding"] or done.differs
+                assert told or silent, (name, value)
 
 
 def test_every_key_and_field_that_the_tables_name_exists():

@@ -281,7 +281,7 @@ def migrate(source: str, task: str | None = None) -> Migration:
     newer = {old: new for new, entry in table["settings"].items() for old in entry.get("older", "").split()}
     known = {newer.get(key, key): value for key, value in given.items()}
     done = Migration(find_task_of(table, {**context, **known}, name if is_command else source, task), name)
-    done.carry_over(table, given, context, flags=command is not None)
+    done.carry_over(table, given, context, flags=command is not None and not command.files)
     if command and (launch := sharding(command.launcher, {})) and done.sharding == table["sharding"]:
         done.sharding = launch[LAUNCH]
     done.check()
