@@ -104,7 +104,7 @@ class Migration:
         """Add the given settings, and the defaults of their system for the others.
 
         Args:
-            context: what conditions and conversions know in addition to the settings: the command and the folder of the file.
+            context: what conditions and conversions know in addition: the command, the folder of the file, ...
             flags: the settings are flags of a command.
         """
         newer = {old: name for name, entry in table["settings"].items() for old in entry.get("older", "").split()}
