@@ -7,7 +7,7 @@ ACCELERATE ?= $(if $(shell command -v nvidia-smi),single,cpu)
 LAUNCH = $(BIN)/accelerate launch --config_file configs/accelerate/$(ACCELERATE).yaml
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart sft rm dpo slurm test lint format keys upstream perf campaign
+.PHONY: help install quickstart sft rm dpo slurm test lint format keys upstream perf gpu campaign
 
 help:  ## list the targets
 	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ upstream:  ## run the suite with the newest releases of TRL, transformers and th
 perf: install  ## compare the speed with TRL's own scripts
 	$(BIN)/python -m pytest -m perf
 	$(BIN)/python perf/compare.py
+
+gpu:  ## show on this GPU what only one can: make gpu [PART=kernels|packed|resume|memory|devices], with the python3 that has torch
+	PYTHONPATH="src:tests:$$PYTHONPATH" $(PYTHON) -m pytest tests/gpu -k "$(PART)" -p no:cacheprovider
 
 campaign: install  ## try what survives what: kills, full disks, damaged files, a failing Hub (less than an hour)
 	$(BIN)/python tests/campaign/campaign.py

@@ -54,6 +54,7 @@ class Record(TypedDict, total=False):
     model: str
     weights: str
     adapter: str | None  # that is trained further
+    evaluation: str | None  # fingerprint of its rows
     reference: str | None
     seed: int
     order: Mapping[str, object]

@@ -15,6 +15,7 @@ from tunebook import run_script
 from tunebook.errors import RecipeError
 from tunebook.files import append_rows, read_rows
 from tunebook.following.report import (
+    RECORD_FILE,
     draw_figures,
     new_figure,
     pair_generations,
@@ -181,6 +182,14 @@ def test_runs_are_compared_on_the_same_axes_with_the_keys_that_differ(run, tmp_p
     axes = draw_figures([read_run(run, "sft"), read_run(other, other.name)])["loss"].axes[0]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["sft", "hotter $x^"]
     assert len(axes.lines) == 4 and len({line.get_color() for line in axes.lines}) == 2
+
+
+@pytest.mark.parametrize("rows", ["same", "other"])
+def test_runs_that_were_evaluated_on_different_rows_are_told_apart(rows, run, trainers, tmp_path):
+    if rows == "other":
+        edit(run / RECORD_FILE, evaluation="0123")
+    write_report([trainers[0] / "sft", run], tmp_path / "compared.html")
+    assert ("were evaluated on different rows" in (tmp_path / "compared.html").read_text()) == (rows == "other")
 
 
 def test_scores_of_benchmarks_are_curves_with_their_errors(run):

@@ -80,7 +80,7 @@ def packed_row(device="cpu", dtype=torch.float32, width=64, value_width=64):
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("widths", [(64, 64), (60, 60), (24, 16), (16, 24)], ids=str)
-@pytest.mark.parametrize("kernel", ["flash-attn", "torch"])
+@pytest.mark.parametrize("kernel", ["flash-attn", "torch", "torch 2.11"])
 def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, widths, window, monkeypatch):
     """The kernels by their documentation: (tokens, heads, head_dim) of one width, a multiple of 8, keys to the left,
     causal from the lower right."""
@@ -97,16 +97,17 @@ def test_the_kernels_are_told_what_the_loop_over_documents_does(kernel, widths, 
         heads = [x.detach().transpose(0, 1) for x in (query, key, value)]
         return dense_attention(*heads, seen, scale, None).transpose(0, 1).float()
 
-    def flash_attn_varlen_func(*rows, softmax_scale, causal, window_size, softcap):
-        assert causal and softcap == 0
+    def flash_attn_varlen_func(*rows, softmax_scale, causal, window_size, softcap, deterministic):
+        assert causal and softcap == 0 and deterministic == torch.are_deterministic_algorithms_enabled()
         return documented(*rows, softmax_scale, window_size)
 
-    def varlen_attn(*rows, scale, window_size, enable_gqa):
-        assert enable_gqa
+    def varlen_attn(*rows, scale, window_size, enable_gqa=False):
+        assert enable_gqa == (kernel == "torch") and (enable_gqa or rows[0].shape[1] == rows[1].shape[1])
         return documented(*rows, scale, window_size)
 
     monkeypatch.setattr(attention, "is_flash_attn_2_available", lambda: kernel == "flash-attn")
     monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "TAKES_GROUPS", kernel == "torch")
     fake = types.SimpleNamespace(flash_attn_varlen_func=flash_attn_varlen_func)
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
     tensors, arguments = packed_row(width=widths[0], value_width=widths[1])

@@ -13,7 +13,7 @@ from tunebook.recipe import parse, read_recipe
 from tunebook.recipe.keys import FILE, TASK_NAMES, help_text, json_schema, saved_keys, write_keys
 from tunebook.recipe.schema import TASKS, list_keys, task_keys
 from tunebook.recipe.words import find_task, refuse_wrong_keys
-from tunebook.tools.keys import list_words
+from tunebook.tools.keys import list_words, write_page
 
 RECIPES = sorted(path for path in ROOT.glob("recipes/**/*.yaml"))
 WITHOUT_TORCH = """
@@ -31,6 +31,10 @@ def test_the_file_has_the_keys_of_the_installed_classes(tmp_path):
     write_keys(list_keys(), list_words(), tmp_path / "keys.jsonl")
     assert (tmp_path / "keys.jsonl").read_text() == FILE.read_text(), "Run make keys."
     assert tuple(TASKS) == TASK_NAMES
+
+
+def test_the_page_of_keys_is_made_from_them():
+    assert (ROOT / "docs" / "keys.md").read_text() == write_page(list_keys()), "Run make keys."
 
 
 def test_with_another_version_of_a_package_or_another_key_of_ours_the_classes_are_asked(tmp_path):

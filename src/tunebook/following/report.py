@@ -206,6 +206,13 @@ def list_gaps(run: RunFolder) -> Iterator[str]:
             yield f"{run.name}: {(~finite).sum()} of {len(finite)} values of {name} are not finite."
 
 
+def list_unlike(runs: Sequence[RunFolder]) -> Iterator[str]:
+    """Yield what of several runs cannot be compared."""
+    rows = {run.record["evaluation"] for run in runs if run.record.get("evaluation")}
+    if len(rows) > 1:
+        yield "The runs were evaluated on different rows: their evaluation losses and accuracies cannot be compared."
+
+
 def pair_generations(run: RunFolder) -> list[tuple[str, ...]]:
     """Return a table of prompts, with the sweep's setting, and their outputs at the first and the last evaluation."""
     swept = run.record["recipe"].get("eval_generation_kwargs") or {}
@@ -258,7 +265,7 @@ def write_report(folders: Sequence[Path], out: Path) -> None:
     page = environment.from_string((FOLDER / "report.html").read_text(encoding="utf-8"))
     html = page.render(
         names=names,
-        gaps=[gap for run in runs for gap in list_gaps(run)],
+        gaps=[*list_unlike(runs), *(gap for run in runs for gap in list_gaps(run))],
         facts=compare(names, map(list_facts, runs)),
         figures=[
             (figures[file].axes[0].get_title(loc="left"), *(base64.b64encode(png).decode() for png in pngs))

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
+from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -30,6 +31,8 @@ Scale = float | None
 Lengths = tuple[Tensor, Tensor, int, int]  # of the documents, as flash-attn takes them
 KEPT_APART = {"full_attention", "sliding_attention", "attention", "mlp", "moe"}  # types of layers in configs
 OF_ITS_OWN = "does not go through transformers' AttentionInterface (ALiBi, say, or code of its own)"
+TAKES_GROUPS = "enable_gqa" in signature(varlen_attn).parameters  # not before torch 2.12
+_lengths = WeakTensorKeyDictionary()  # of the rows that are being run
 OTHER = -1  # in place of a window: a mask that says more than which document a token is in, and its window
 
 
@@ -149,17 +152,33 @@ def _flash_attention(
 
         cap = 0.0 if softcap is None else softcap
         output = flash_attn_varlen_func(
-            query, key, value, *lengths, softmax_scale=scaling, causal=True, window_size=sides, softcap=cap
+            *(query, key, value, *lengths),
+            softmax_scale=scaling,
+            causal=True,
+            window_size=sides,
+            softcap=cap,
+            deterministic=torch.are_deterministic_algorithms_enabled(),  # torch's kernel looks by itself
         )
-    else:
+    elif TAKES_GROUPS:
         output = varlen_attn(query, key, value, *lengths, scale=scaling, window_size=sides, enable_gqa=True)
+    else:
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+        output = varlen_attn(query, key, value, *lengths, scale=scaling, window_size=sides)
     return cast(Tensor, output)[None, ..., :width]
+
+
+def document_lengths(starts: Tensor) -> list[int]:
+    """Return the tokens of each document from where they start, (documents + 1,). They are read once for all layers,
+    since a GPU has to be waited for."""
+    if starts not in _lengths:
+        _lengths[starts] = starts.diff().tolist()
+    return cast(list[int], _lengths[starts])
 
 
 def _document_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: Lengths, scaling: Scale, window: int | None, softcap: Scale
 ) -> Tensor:
-    q_lengths, k_lengths = (starts.diff().tolist() for starts in lengths[:2])
+    q_lengths, k_lengths = map(document_lengths, lengths[:2])
     outputs = []
     # split, as the backward of a slice writes a whole row
     for document in zip(query.split(q_lengths, 2), key.split(k_lengths, 2), value.split(k_lengths, 2), strict=True):

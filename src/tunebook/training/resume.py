@@ -275,6 +275,8 @@ class RunMixin(FiniteMixin, MuonMixin, FSDPMixin, ContextParallelMixin):
         return optimizer
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        # PATCH(transformers<5.25): the Trainer would load weights that are in the model already. Waits for
+        # transformers/trainer.py:1564. Delete when weights and the optimizer's state are loaded apart.
         if self.loads_optimizer:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 

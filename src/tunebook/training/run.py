@@ -106,6 +106,7 @@ def describe_data(recipe: Recipe, data: Data) -> checkpoints.Record:
     """Return what [`describe_run`] cannot know before the rows are read, and how the run came about."""
     return {
         "data": fingerprint(data.train),
+        "evaluation": None if data.eval is None else fingerprint(data.eval),
         "recipe": {name: masked(value) for name, value in recipe.given.items()},
         "rows": {split: str(counts) for split, counts in data.counts.items()},
         "versions": {name: version(name) for name in VERSIONS},
