@@ -13,9 +13,10 @@ from ..recipe.words import split_flags
 
 NAME = r"[A-Za-z_]\w*"
 ASSIGNMENT = re.compile(rf"(?<![^\s;])({NAME})=(\"[^\"]*\"|'[^']*'|\$\(\(?[^()]*\)?\)|[^\s;&|]*)")
+LOOP = re.compile(rf"(?<!\S)for\s+({NAME})\s+in\s+(.*)")
 ARRAY = re.compile(rf"(?<![^\s;])({NAME})=\(([^()]*)\)")
 VARIABLE = re.compile(rf"\$(?:\{{(\w+)(?:\[@\]|:?-([^{{}}]*))?\}}|({NAME}))")
-ARITHMETIC = re.compile(r"\$\(\(([\d\s*/+-]+)\)\)|\$\(expr ([\d\s*/+-]+)\)")
+ARITHMETIC = re.compile(r"\$\(\(\s*(\d[\d\s*/+-]*)\)\)|\$\(expr\s+(\d[\d\s*/+-]*)\)")
 ENDS = ";<>|&()\n"
 
 
@@ -29,6 +30,7 @@ class Command:
     files: list[str]  # the files from which it reads settings
     flags: dict[str, Any]
     variables: dict[str, str]  # of the environment, as the script sets them
+    remarks: list[str]
 
 
 def find_commands(text: str, patterns: Mapping[str, str]) -> list[Command]:
@@ -41,10 +43,12 @@ def find_commands(text: str, patterns: Mapping[str, str]) -> list[Command]:
         RecipeError: when the words of one cannot be read.
     """
     text = re.sub(r"\\[ \t]*\n", " ", text)
+    settings = re.sub(r"(?m)(^|\s)#.*$", "", text)
     found = [(m.start(), tool, m) for tool, words in patterns.items() for m in re.finditer(words, text)]
     begins = {start: text.rfind("\n", 0, start) + 1 for start, _, _ in found}
     found = [(start, tool, m) for start, tool, m in found if "#" not in text[begins[start] : start]]
-    variables = read_variables(text)
+    variables = read_variables(settings)
+    loops = [name for name, _ in LOOP.findall(settings) if name in variables]
     environment = {name: value for name, value in variables.items() if name.isupper()}
     commands = []
     for start, tool, match in sorted(found, key=lambda one: one[0]):
@@ -53,16 +57,21 @@ def find_commands(text: str, patterns: Mapping[str, str]) -> list[Command]:
             rest = rest.removeprefix('"') if rest.startswith('"') else rest.partition('"')[0]
         files, flags = read_words_of(rest)
         word = next(filter(None, match.groups()), "")
-        commands.append(Command(tool, word, launcher, files, flags, environment))
+        said = [f"The script loops over {name}; this is for its first value, {variables[name]}." for name in loops]
+        commands.append(Command(tool, word, launcher, files, flags, environment, said))
     return commands
 
 
 def read_variables(text: str) -> dict[str, str]:
-    """Return the variables that a script sets to texts that are known."""
-    variables: dict[str, str] = {name: " ".join(words.split()) for name, words in ARRAY.findall(text)}
-    for name, value in ASSIGNMENT.findall(re.sub(r"(?m)^\s*#.*$", "", text)):
-        value = expand(value.strip("\"'"), variables)
-        variables.setdefault(name, " ".join(value.split()) if "\n" in value else value)
+    """Return the variables that a script sets to texts that are known; those of its loops have their first value."""
+    variables = {name: " ".join(words.split()) for name, words in ARRAY.findall(text)}
+    for match in sorted([*ASSIGNMENT.finditer(text), *LOOP.finditer(text)], key=re.Match.start):
+        value = expand(match[2].strip("\"'"), variables)
+        words = re.sub(r'"|;.*', " ", value).split()
+        if match.re is LOOP:
+            value = "".join(words[:1])
+        if "$(" not in value:
+            variables.setdefault(match[1], " ".join(words) if "\n" in value else value)
     return variables
 
 

@@ -282,6 +282,7 @@ def migrate(source: str, task: str | None = None) -> Migration:
     known = {newer.get(key, key): value for key, value in given.items()}
     done = Migration(find_task_of(table, {**context, **known}, name if is_command else source, task), name)
     done.carry_over(table, given, context, flags=command is not None and not command.files)
+    done.differs += command.remarks if command else []
     if command and (launch := sharding(command.launcher, {})) and done.sharding == table["sharding"]:
         done.sharding = launch[LAUNCH]
     done.check()
