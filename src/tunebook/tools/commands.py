@@ -66,7 +66,7 @@ def read_variables(text: str) -> dict[str, str]:
     """Return the variables that a script sets to texts that are known; those of its loops have their first value."""
     variables = {name: " ".join(words.split()) for name, words in ARRAY.findall(text)}
     for match in sorted([*ASSIGNMENT.finditer(text), *LOOP.finditer(text)], key=re.Match.start):
-        value = expand(match[2].strip("\"'"), variables)
+        value = expand(expand(match[2].strip("\"'"), variables), variables)  # one may hold another
         words = re.sub(r'"|;.*', " ", value).split()
         if match.re is LOOP:
             value = "".join(words[:1])
