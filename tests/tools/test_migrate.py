@@ -22,6 +22,7 @@ from tunebook.tools.migrate import (
     choose_command,
     list_keys,
     migrate,
+    new_names,
     read_table,
     recognize,
     systems,
@@ -190,8 +191,7 @@ def test_instruction_and_input_are_joined_as_llamafactory_joins_them(folder):
 
 def names_of(tool):
     """Every name, old or new, of a tool's settings."""
-    settings = read_table(tool)["settings"]
-    return {*settings, *(old for entry in settings.values() for old in entry.get("older", "").split())}
+    return {*read_table(tool)["settings"], *new_names(tool)}
 
 
 @pytest.mark.parametrize("tool", PUBLIC_KEYS)
@@ -217,7 +217,7 @@ def test_each_setting_with_any_value_is_carried_over_or_listed(tool, task, tmp_p
         for value in (1, 0.5, "some", ["some"], {"some": 1}, True):
             done = Migration(task, "it")
             with suppress(RecipeError):
-                done.carry_over(table, {name: value}, context, flags=False)
+                done.carry_over(tool, {name: value}, context, flags=False)
                 shown = (*done.origins.values(), *done.left, *done.differs, *done.to_do, *done.recipe)
                 told = any(name in words for words in shown) or done.sharding != table["sharding"] or done.differs
                 assert told or silent, (name, value)

@@ -109,7 +109,8 @@ def read_words_of(rest: str) -> tuple[list[str], dict[str, Any]]:
     files = [word for word in bare if word.endswith((".yaml", ".yml", ".json"))]
     settings = [f"--{word}" for word in bare if re.match(r"[\w.]+=", word)]  # as Hydra has them
     if stray := [word for word in bare if word not in files and f"--{word}" not in settings and word.strip()]:
-        raise RecipeError(f"Unexpected argument {stray[0]!r}: options are written --key value.")
+        what = "Fill in the variable." if "$" in stray[0] else "Options are written --key value."
+        raise RecipeError(f"Unexpected argument {stray[0]!r} of a command. {what}")
     flags = {name: read_words(values) for name, values in split_flags([*settings, *words[len(bare) :]]).items()}
     if "config" in flags:
         files.append(str(flags.pop("config")))

@@ -17,6 +17,7 @@ ALPACA = {"prompt": "instruction", "query": "input", "response": "output", "syst
 PAIRS = {"chosen": "chosen", "rejected": "rejected", "tools": "tools"}
 TURNS = {"messages": "conversations", "system": "system"}
 ROLE_TAGS = {"user": "user", "assistant": "assistant", "observation": "tool", "function": "call", "system": "system"}
+PARTS = {"hf_hub_url": "path", "subset": "name", "folder": "data_dir", "split": "split", "num_samples": "max_samples"}
 NOT_TEXT = ("images", "videos", "audios")
 NATURAL = ({"role": "from", "content": "value"}, {"role": "role", "content": "content"})
 
@@ -78,14 +79,7 @@ def llamafactory_source(
     for column in (*NOT_TEXT, "kto_tag"):
         if column in columns:
             raise RecipeError(f"The data set {name} has {column}, which tunebook does not train on.")
-    known = {
-        "hf_hub_url": "path",
-        "subset": "name",
-        "folder": "data_dir",
-        "split": "split",
-        "num_samples": "max_samples",
-    }
-    source = {known[key]: info[key] for key in known if key in info}
+    source = {PARTS[key]: info[key] for key in PARTS if key in info}
     if "path" not in source and "file_name" in info:
         source = {"path": str(folder / info["file_name"])} | source
     if "path" not in source:
@@ -120,9 +114,7 @@ def llamafactory_sources(value: object, settings: Settings) -> dict[str, Any]:
         keys |= llamafactory_prompt([info[name] for name in names])
     mixing = str(settings.get("mix_strategy", "concat"))
     if mixing != "concat" and len(sources) > 1:
-        chances = [
-            float(chance) for chance in word_list(settings.get("interleave_probs", ",".join("1" * len(sources))))
-        ]
+        chances = map(float, word_list(settings.get("interleave_probs", ["1"] * len(sources))))
         sources = [source | {"probability": chance} for source, chance in zip(sources, chances, strict=True)]
         keys["mixture_stopping"] = "all_exhausted" if mixing == "interleave_over" else "first_exhausted"
     if "val_size" in settings and len(sources) == 1 and "max_samples" in sources[0]:
@@ -156,9 +148,11 @@ def llamafactory_evaluation(value: object, settings: Settings) -> dict[str, Any]
 
 # ---- axolotl ----
 
-# Fields of a data set that are read; field_messages and such below
+# Fields of a data set that are read, and those of conversations
 READ = {"path", "name", "split", "data_files", "type", "ds_type", "trust_remote_code", "train_on_eos", "train_on_eot"}
 TURN_FIELDS = {"message_field_role": "role", "message_field_content": "content"}
+READ_OF_TURNS = {"message_property_mappings", "roles", "roles_to_train", *TURN_FIELDS}
+READ_OF_TURNS |= {"field_messages", "field_chosen", "field_rejected", "field_tools"}
 
 
 def axolotl_source(entry: Mapping[str, Any], settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -180,26 +174,15 @@ def axolotl_source(entry: Mapping[str, Any], settings: Settings) -> tuple[dict[s
     if spec.get("chat"):
         turns = "prompt" if settings["task"] != "sft" else "messages"
         columns |= {entry.get("field_messages", "messages"): turns} if "field_messages" in entry else {}
-        columns |= {
-            entry[f"field_{side}"]: side for side in ("chosen", "rejected", "tools") if f"field_{side}" in entry
-        }
+        sides = [side for side in ("chosen", "rejected", "tools") if f"field_{side}" in entry]
+        columns |= {entry[f"field_{side}"]: side for side in sides}
         keys |= axolotl_turns(entry, settings)
-        read |= {
-            "field_messages",
-            "field_chosen",
-            "field_rejected",
-            "field_tools",
-            "message_property_mappings",
-            "roles",
-        }
-        read |= TURN_FIELDS.keys() | {"roles_to_train"}
+        read |= READ_OF_TURNS
     elif settings["task"] == "sft" and settings.get("train_on_inputs") and not spec.get("text"):
         keys["completion_only_loss"] = False
     natural = ("messages", "conversations", "conversation")
-    columns = {theirs: ours for theirs, ours in columns.items() if theirs != ours}
-    columns = {
-        theirs: ours for theirs, ours in columns.items() if theirs not in natural or ours not in (*natural, "prompt")
-    }
+    known = {theirs for theirs, ours in columns.items() if theirs in natural and ours in (*natural, "prompt")}
+    columns = {theirs: ours for theirs, ours in columns.items() if theirs != ours and theirs not in known}
     source = {key: entry[key] for key in ("path", "name", "split", "data_files") if entry.get(key) is not None}
     if ignored := sorted(entry.keys() - read):
         keys[DIFFERS] = [f"{', '.join(ignored)} of a data set is not read."]
@@ -233,9 +216,8 @@ def axolotl_turns(entry: Mapping[str, Any], settings: Settings) -> dict[str, Any
 def user_defined(kind: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
     """Return what a `type` that names fields and formats says, as an entry of `types` does."""
     if settings["task"] != "sft":
-        columns = {
-            kind[f"field_{role}"]: role for role in ("prompt", "chosen", "rejected") if kind.get(f"field_{role}")
-        }
+        named = [role for role in ("prompt", "chosen", "rejected") if kind.get(f"field_{role}")]
+        columns = {kind[f"field_{role}"]: role for role in named}
         formats = {role: kind.get(f"{role}_format") for role in ("chosen", "rejected")}
         if any(text not in (None, f"{{{role}}}") for role, text in formats.items()) or kind.get("field_system"):
             raise RecipeError("`type` has formats of chosen and rejected, or a system field, which a recipe has not.")
@@ -344,9 +326,8 @@ def flatten(value: list[Any] | str) -> list[Any]:
 def open_instruct_evaluation(value: list[Any] | str, settings: Settings) -> dict[str, Any]:
     path, _ = flatten(value)
     [split] = flatten(settings.get("dataset_mixer_eval_list_splits") or ["test"])
-    return {"eval_dataset_name": path, "eval_strategy": "epoch"} | (
-        {} if split == "test" else {"dataset_test_split": split}
-    )
+    keys = {"eval_dataset_name": path, "eval_strategy": "epoch"}
+    return keys | ({} if split == "test" else {"dataset_test_split": split})
 
 
 FUNCTIONS = (

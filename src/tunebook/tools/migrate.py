@@ -46,6 +46,13 @@ def read_table(system: str) -> dict[str, Any]:
     return table
 
 
+@cache
+def new_names(system: str) -> dict[str, str]:
+    """Return old name -> name, for the settings of a system that were renamed."""
+    settings = read_table(system)["settings"]
+    return {old: name for name, entry in settings.items() for old in entry.get("older", "").split()}
+
+
 def list_keys(entry: Mapping[str, Any]) -> str:
     """Return the recipe's keys that a setting may become, as the documentation lists them."""
     fixed = [key for case in (entry, *entry.get("cases", ())) for key in case.get("set", ())]
@@ -100,14 +107,14 @@ class Migration:
     to_do: list[str] = field(default_factory=list)
     sharding: str = ""
 
-    def carry_over(self, table: Mapping[str, Any], given: Settings, context: Settings, flags: bool) -> None:
+    def carry_over(self, system: str, given: Settings, context: Settings, flags: bool) -> None:
         """Add the given settings, and the defaults of their system for the others.
 
         Args:
             context: what conditions and conversions know in addition: the command, the folder of the file, ...
             flags: the settings are flags of a command.
         """
-        newer = {old: name for name, entry in table["settings"].items() for old in entry.get("older", "").split()}
+        table, newer = read_table(system), new_names(system)
         settings, shown = {"task": self.task, **context}, {}
         for written, value in given.items():
             name = newer.get(written, written)
@@ -216,10 +223,6 @@ def find_file(name: str, folder: Path) -> Path:
     return path
 
 
-def read_file(path: Path) -> dict[str, Any]:
-    return parser.set_push_key(parser.read_recipe(path))
-
-
 def find_task_of(table: Mapping[str, Any], given: Settings, name: str, task: str | None) -> str:
     """Return the task of settings.
 
@@ -244,13 +247,31 @@ def choose_command(text: str, task: str | None) -> Command:
     """
     found = find_commands(text, {tool: read_table(tool)["commands"] for tool in systems()})
     if len(found) > 1 and task:
-        found = [
-            one for one in found if needs.holds(read_table(one.tool)["tasks"][task], {"command": one.word, **one.flags})
-        ]
+        conditions = {tool: read_table(tool)["tasks"][task] for tool in systems()}
+        found = [one for one in found if needs.holds(conditions[one.tool], {"command": one.word, **one.flags})]
     if len(found) != 1:
         hint = " Choose one with --task, or put it into a file of its own." if found else ""
         raise RecipeError(f"One command of {titles()} is needed; found: {len(found)}.{hint}")
     return found[0]
+
+
+def read_source(source: str, task: str | None) -> tuple[str, str, dict[str, Any], Command | None]:
+    """Return the tool of settings, the name of their file, the settings, and the command if they are of one.
+
+    Raises:
+        RecipeError: when `source` is neither a file of settings nor a command, nor a script with one command.
+    """
+    path, patterns = Path(source), [read_table(tool)["commands"] for tool in systems()]
+    is_command = any(re.search(pattern, source) for pattern in patterns) and not (len(source) < 255 and path.is_file())
+    if not is_command and path.suffix in (".yaml", ".yml", ".json"):
+        given = parser.set_push_key(parser.read_recipe(path))
+        return recognize(given, path.name), path.name, given, None
+    if not is_command and not path.is_file():
+        raise RecipeError(f"{source} is neither a file nor a command of {titles()}.")
+    command = choose_command(source if is_command else read_text(path), task)
+    files = [find_file(name, Path() if is_command else path.absolute().parent) for name in command.files]
+    given = {key: value for file in files for key, value in parser.read_recipe(file).items()} | command.flags
+    return command.tool, read_table(command.tool)["title"] if is_command else path.name, given, command
 
 
 def migrate(source: str, task: str | None = None) -> Migration:
@@ -259,32 +280,20 @@ def migrate(source: str, task: str | None = None) -> Migration:
     Raises:
         RecipeError: when `source` is none of them, its task is not known, or tunebook cannot train so.
     """
-    path, patterns = Path(source), [read_table(tool)["commands"] for tool in systems()]
-    is_command = any(re.search(pattern, source) for pattern in patterns) and not (len(source) < 255 and path.is_file())
-    name, command = path.name, None
-    if not is_command and path.suffix in (".yaml", ".yml", ".json"):
-        given = read_file(path)
-        tool = recognize(given, path.name)
-    elif is_command or path.is_file():
-        command = choose_command(source if is_command else read_text(path), task)
-        tool, name = command.tool, read_table(command.tool)["title"] if is_command else path.name
-        folder = Path() if is_command else path.absolute().parent
-        files = [read_file(find_file(file, folder)) for file in command.files]
-        given = {key: value for settings in (*files, command.flags) for key, value in settings.items()}
-    else:
-        raise RecipeError(f"{source} is neither a file nor a command of {titles()}.")
-    table = read_table(tool)
+    tool, name, given, command = read_source(source, task)
+    table, newer = read_table(tool), new_names(tool)
     if not table["keeps_null"]:
         given = {key: value for key, value in given.items() if value not in (None, "", [], {})}
-    context = {"command": command.word if command else "", "folder": str(path.absolute().parent)}
-    context |= {"types": table.get("types", {}), **(command.variables if command else {})}
-    newer = {old: new for new, entry in table["settings"].items() for old in entry.get("older", "").split()}
-    known = {newer.get(key, key): value for key, value in given.items()}
-    done = Migration(find_task_of(table, {**context, **known}, name if is_command else source, task), name)
-    done.carry_over(table, given, context, flags=command is not None and not command.files)
-    done.differs += command.remarks if command else []
-    if command and (launch := sharding(command.launcher, {})) and done.sharding == table["sharding"]:
-        done.sharding = launch[LAUNCH]
+    where = Path(source).absolute().parent if name == Path(source).name else Path.cwd()
+    context = {"command": command.word if command else "", "folder": str(where), "types": table.get("types", {})}
+    context |= command.variables if command else {}
+    known = context | {newer.get(key, key): value for key, value in given.items()}
+    done = Migration(find_task_of(table, known, str(where / name), task), name)
+    done.carry_over(tool, given, context, flags=command is not None and not command.files)
+    if command:
+        done.differs += command.remarks
+        if done.sharding == table["sharding"]:
+            done.sharding = sharding(command.launcher, {}).get(LAUNCH, done.sharding)
     done.check()
     return done
 
