@@ -189,6 +189,14 @@ def test_instruction_and_input_are_joined_as_llamafactory_joins_them(folder):
     assert done.recipe["datasets"][1]["columns"] == {"question": "instruction", "answer": "output"}
 
 
+@pytest.mark.parametrize(("modules", "expected", "told"), CASES["modules"])
+def test_a_pattern_of_modules_becomes_their_names(modules, expected, told, tmp_path):
+    given = {"base_model": "m", "adapter": "lora", "lora_r": 8, "lora_target_modules": modules, "learning_rate": 1e-5}
+    (tmp_path / "a.yml").write_text(write_yaml(given | {"datasets": [{"path": "d", "type": "chat_template"}]}))
+    done = migrate(str(tmp_path / "a.yml"))
+    assert done.recipe.get("lora_target_modules") == expected and told in str(done)
+
+
 def names_of(tool):
     """Every name, old or new, of a tool's settings."""
     return {*read_table(tool)["settings"], *new_names(tool)}

@@ -144,9 +144,16 @@ def saves_per_epoch(value: float, settings: Settings) -> dict[str, Any]:
 
 
 def axolotl_modules(value: object, settings: Settings) -> dict[str, Any]:
-    if isinstance(value, str) and re.search(r"[\[\]()|*\\]", value):
-        return {TO_DO: ["`lora_target_modules` is a pattern of names there. Set a list of names, or leave PEFT's own."]}
-    return {DIFFERS: []} if settings.get("lora_target_linear") else module_names(value, settings)
+    """Convert lora_target_modules, of which axolotl also takes a pattern of paths, such as `layers.*.(q|k|v)_proj`."""
+    if settings.get("lora_target_linear"):
+        return {DIFFERS: []}
+    if not isinstance(value, str) or not re.search(r"[\[\]()|*\\]", value):
+        return module_names(value, settings)
+    last = re.search(r"\((\w+(?:\|\w+)*)\)(\w*)$", value)
+    if last and "|" not in re.sub(r"\([^()]*\)", "", value):
+        modules = [f"{name}{last[2]}" for name in last[1].split("|")]
+        return {"lora_target_modules": modules, DIFFERS: ["Modules of these names are adapted wherever they are."]}
+    return {TO_DO: ["`lora_target_modules` is a pattern of paths there. Set a list of names, or leave PEFT's own."]}
 
 
 def axolotl_plugins(value: Sequence[str], settings: Settings) -> dict[str, Any]:
