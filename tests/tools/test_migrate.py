@@ -189,6 +189,31 @@ def test_instruction_and_input_are_joined_as_llamafactory_joins_them(folder):
     assert done.recipe["datasets"][1]["columns"] == {"question": "instruction", "answer": "output"}
 
 
+@pytest.mark.parametrize(
+    ("command", "file"),
+    [
+        (
+            "llamafactory-cli train {} learning_rate=2.0e-6",
+            {"model_name_or_path": "m", "stage": "dpo", "dataset": "pairs"},
+        ),
+        ("trl dpo --config {} --learning_rate 2e-6", {"model_name_or_path": "m", "dataset_name": "pairs"}),
+        ("swift rlhf {} --learning_rate 2e-6", {"model": "m", "dataset": ["pairs"], "learning_rate": 1}),
+        (
+            "accelerate launch -m axolotl.cli.train {} --learning-rate=2e-6",
+            {"base_model": "m", "rl": "dpo", "datasets": [{"path": "pairs", "type": "chatml.ultra"}]},
+        ),
+    ],
+    ids=lambda value: value.split()[0] if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("suffix", ["yaml", "json"])
+def test_a_command_reads_its_file_and_its_flags_win(command, file, suffix, folder):
+    (folder / f"settings.{suffix}").write_text(json.dumps(file))
+    (folder / "run.sh").write_text(f"cd somewhere\n{command.format('settings.' + suffix)}\n")
+    done = migrate(str(folder / "run.sh"))
+    assert done.task == "dpo" and done.recipe["learning_rate"] == 2e-6 and done.recipe["model_name_or_path"] == "m"
+    assert done.recipe["dataset_name"].endswith(("pairs", "pairs.json")) and done.to_do == []
+
+
 @pytest.mark.parametrize(("modules", "expected", "told"), CASES["modules"])
 def test_a_pattern_of_modules_becomes_their_names(modules, expected, told, tmp_path):
     given = {"base_model": "m", "adapter": "lora", "lora_r": 8, "lora_target_modules": modules, "learning_rate": 1e-5}

@@ -23,6 +23,7 @@ CONFIGS = {  # what a file or a name of DeepSpeed or FSDP has in it -> the file 
     r"fsdp.*offload": "fsdp2_offload",
     r"fsdp": "fsdp2",
     r"multi_gpu|ddp|z(ero)?_?-?0": "ddp",
+    r"single_gpu": "single",
 }
 
 

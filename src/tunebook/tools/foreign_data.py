@@ -26,6 +26,8 @@ def as_keys(sources: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the keys of a recipe for its sources: those of one data set where that suffices."""
     names = {"path": "dataset_name", "name": "dataset_config", "split": "dataset_train_split"}
     names["max_samples"] = "max_train_samples"
+    if not sources:
+        raise ValueError("there is no data set")
     if len(sources) > 1 or sources[0].keys() - names:
         return {"datasets": sources}
     return {names[key]: value for key, value in sources[0].items()}
