@@ -359,3 +359,14 @@ def test_an_evaluation_changes_nothing_in_4_bits(tiny, sft_rows, tmp_path):
     for name, evaluation in {"with": {"eval_strategy": "steps", "eval_steps": 1}, "without": {"do_eval": True}}.items():
         train("sft", tiny, sft_rows, tmp_path / name, **keys, **evaluation)
     assert_same_weights(tmp_path / "with", tmp_path / "without")
+
+
+@pytest.mark.parametrize("bits", ["load_in_4bit", "load_in_8bit"])
+@pytest.mark.parametrize("task", ["sft", "dpo"])
+def test_a_quantized_model_with_a_trained_head_generates_in_bf16(bits, task, tiny, task_rows, tmp_path):
+    """The head is bf16 and what it reads float32, outside of autocast (huggingface/peft#1515)."""
+    keys = {"use_peft": True, bits: True, "bf16": True, "lora_modules_to_save": ["lm_head"], "new_tokens": ["<t>"]}
+    keys |= {"eval_strategy": "steps", "eval_steps": 1, "test_split_size": 8, "max_steps": 1}
+    prompts = {"eval_prompts": ["what is 2 plus 3?"], "eval_generation_kwargs": {"max_new_tokens": 4}}
+    train(task, tiny, task_rows, tmp_path / "o", **keys, **prompts)
+    assert (tmp_path / "o" / "generations.jsonl").read_text().count("\n") == 1

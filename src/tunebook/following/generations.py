@@ -270,6 +270,7 @@ class GenerationCallback(TrainerCallback):
             unwrap_model_for_generation(
                 trainer.model_wrapped, trainer.accelerator, gradient_checkpointing_kwargs=checkpointing
             ) as model,
+            trainer.accelerator.autocast(),  # as the forward of training; parts of a model may differ in dtype
             user_errors(),
         ):
             return generate(model, trainer.processing_class, texts, **options)
