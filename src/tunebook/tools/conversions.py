@@ -104,6 +104,11 @@ def word_list(value: object) -> list[str]:
     return [str(part).strip() for part in parts]
 
 
+def same_as_model(value: object, settings: Settings) -> dict[str, Any]:
+    """Return nothing to write for the model that is trained; for another one, that it is not carried over."""
+    return {DIFFERS: []} if value == settings.get("model_name_or_path") else {}
+
+
 def module_names(value: object, settings: Settings) -> dict[str, Any]:
     names = word_list(value)
     return {"lora_target_modules": ["all-linear"] if {"all", "all-linear"} & set(names) else names}
@@ -170,6 +175,6 @@ def checkpointing_kwargs(value: object, settings: Settings) -> dict[str, Any]:
 
 FUNCTIONS = (
     *(handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources),
-    *(sharding, fsdp, rank_and_alpha, module_names, modules_to_save, new_tokens, special_tokens),
+    *(sharding, fsdp, same_as_model, rank_and_alpha, module_names, modules_to_save, new_tokens, special_tokens),
     *(evaluations_per_epoch, saves_per_epoch, axolotl_modules, axolotl_plugins, checkpointing_kwargs),
 )
