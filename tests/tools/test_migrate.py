@@ -189,6 +189,13 @@ def test_instruction_and_input_are_joined_as_llamafactory_joins_them(folder):
     assert done.recipe["datasets"][1]["columns"] == {"question": "instruction", "answer": "output"}
 
 
+def test_names_of_data_sets_that_no_list_explains_are_to_be_replaced(tmp_path):
+    given = {"model_name_or_path": "m", "stage": "sft", "dataset": "chats", "dataset_dir": str(tmp_path / "nowhere")}
+    (tmp_path / "sft.yaml").write_text(write_yaml(given))
+    done = migrate(str(tmp_path / "sft.yaml"))
+    assert done.recipe["dataset_name"] == "chats" and "dataset_info.json was not found" in done.to_do[0]
+
+
 @pytest.mark.parametrize(
     ("command", "file"),
     [
