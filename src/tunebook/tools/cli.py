@@ -257,7 +257,7 @@ def check(
 
 @app.command()
 def migrate(
-    source: Annotated[str, typer.Argument(help="File of settings (.yaml), command, or script with one.")],
+    source: Annotated[str, typer.Argument(help="File of settings (.yaml, .json), command, or script with one.")],
     out: Annotated[Path | None, typer.Option(help="Recipe to write. It must not exist. Default: shown here.")] = None,
     task: Task = None,
 ) -> None:

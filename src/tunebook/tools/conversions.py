@@ -4,14 +4,33 @@ Each takes a setting's value and all settings, and returns keys of the recipe: n
 They raise a TypeError, ValueError, KeyError or AttributeError where the setting does not have such a value.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from math import ceil
 from typing import Any
 
 from ..following.benchmarks import find_benchmark
-from . import peers
 
 Settings = Mapping[str, Any]
+LAUNCH = "accelerate launch --config_file"  # keys of the tables that are not of the recipe
+DIFFERS, TO_DO = "differs", "to do"  # lists of sentences
+CONFIGS = {  # what a file or a name of DeepSpeed or FSDP has in it -> the file in configs/accelerate
+    r"(z(ero)?_?-?|stage_?)3(?!.*no_offload).*offload": "zero3_offload",
+    r"z(ero)?_?-?3|stage_?3": "zero3",
+    r"z(ero)?_?-?2|stage_?2": "zero2",
+    r"z(ero)?_?-?1|stage_?1": "zero1",
+    r"fsdp.*offload": "fsdp2_offload",
+    r"fsdp": "fsdp2",
+    r"multi_gpu|ddp|z(ero)?_?-?0": "ddp",
+    r"single_gpu": "single",
+}
+
+
+def sharding(value: object, settings: Settings) -> dict[str, Any]:
+    """Return the config to launch with, by what another tool calls its own."""
+    name = next((name for pattern, name in CONFIGS.items() if re.search(pattern, str(value).lower())), None)
+    return {LAUNCH: f"configs/accelerate/{name}.yaml"} if name else {}
 
 
 def share_of(split: str, share: float) -> str:
@@ -71,5 +90,91 @@ def openrlhf_sources(value: object, settings: Settings) -> dict[str, Any]:
     return {"datasets": shared, "mixture_stopping": "all_exhausted"}
 
 
-FUNCTIONS = (handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources)
-CONVERSIONS = {function.__name__: function for function in (*FUNCTIONS, *peers.FUNCTIONS)}
+def fsdp(value: object, settings: Settings) -> dict[str, Any]:
+    """Return the config to launch with, where the settings shard with FSDP and may offload."""
+    fsdp_config = settings.get("fsdp_config")
+    asked = fsdp_config if isinstance(fsdp_config, dict) else {}
+    offloads = asked.get("offload_params") or asked.get("fsdp_offload_params") or "offload" in str(settings.get("fsdp"))
+    return {LAUNCH: f"configs/accelerate/fsdp2{'_offload' * bool(offloads)}.yaml"}
+
+
+def word_list(value: object) -> list[str]:
+    """Return the parts of `a,b`, or of a list."""
+    parts = value if isinstance(value, list) else str(value).split(",")
+    return [str(part).strip() for part in parts]
+
+
+def same_as_model(value: object, settings: Settings) -> dict[str, Any]:
+    """Return nothing to write for the model that is trained; for another one, that it is not carried over."""
+    return {DIFFERS: []} if value == settings.get("model_name_or_path") else {}
+
+
+def module_names(value: object, settings: Settings) -> dict[str, Any]:
+    names = word_list(value)
+    return {"lora_target_modules": ["all-linear"] if {"all", "all-linear"} & set(names) else names}
+
+
+def rank_and_alpha(value: int, settings: Settings) -> dict[str, Any]:
+    return {"lora_r": value, "lora_alpha": 2 * value}
+
+
+def modules_to_save(value: object, settings: Settings) -> dict[str, Any]:
+    return {"lora_modules_to_save": word_list(value)}
+
+
+def new_tokens(value: object, settings: Settings) -> dict[str, Any]:
+    if isinstance(value, dict):
+        raise ValueError("these tokens have a meaning")
+    return {"new_tokens": word_list(value)}
+
+
+def special_tokens(value: Mapping[str, str], settings: Settings) -> dict[str, Any]:
+    names = ", ".join(name for name in value if name != "eos_token")
+    others = {DIFFERS: [f"The {names} is the tokenizer's own."]} if names else {}
+    return {key: value[key] for key in ("eos_token",) if key in value} | others
+
+
+def steps_per_epoch(name: str, count: float, settings: Settings) -> dict[str, Any]:
+    """Return when something is done `count` times an epoch: after each, or after a share of all steps."""
+    if count == 1 or "max_steps" in settings:
+        return {f"{name}_strategy": "epoch"}
+    return {f"{name}_strategy": "steps", f"{name}_steps": round(1 / (count * settings["num_epochs"]), 6)}
+
+
+def evaluations_per_epoch(value: float, settings: Settings) -> dict[str, Any]:
+    return steps_per_epoch("eval", value, settings) | {"eval_on_start": True}
+
+
+def saves_per_epoch(value: float, settings: Settings) -> dict[str, Any]:
+    return steps_per_epoch("save", value, settings)
+
+
+def axolotl_modules(value: object, settings: Settings) -> dict[str, Any]:
+    """Convert lora_target_modules, of which axolotl also takes a pattern of paths, such as `layers.*.(q|k|v)_proj`."""
+    if settings.get("lora_target_linear"):
+        return {DIFFERS: []}
+    if not isinstance(value, str) or not re.search(r"[\[\]()|*\\]", value):
+        return module_names(value, settings)
+    last = re.search(r"\((\w+(?:\|\w+)*)\)(\w*)$", value)
+    if last and "|" not in re.sub(r"\([^()]*\)", "", value):
+        modules = [f"{name}{last[2]}" for name in last[1].split("|")]
+        return {"lora_target_modules": modules, DIFFERS: ["Modules of these names are adapted wherever they are."]}
+    return {TO_DO: ["`lora_target_modules` is a pattern of paths there. Set a list of names, or leave PEFT's own."]}
+
+
+def axolotl_plugins(value: Sequence[str], settings: Settings) -> dict[str, Any]:
+    names = [name.rpartition(".")[2] for name in value]
+    unknown = [name for name in names if name not in ("LigerPlugin", "CutCrossEntropyPlugin")]
+    liger = {"use_liger_kernel": True} if "LigerPlugin" in names else {}
+    return liger | {DIFFERS: [f"The plugin {name} has no counterpart." for name in unknown]}
+
+
+def checkpointing_kwargs(value: object, settings: Settings) -> dict[str, Any]:
+    return {"activation_checkpointing_kwargs": json.loads(value) if isinstance(value, str) else value}
+
+
+FUNCTIONS = (
+    *(handbook_mixture, handbook_mixer, handbook_test_split, known_benchmarks, openrlhf_sources),
+    *(sharding, fsdp, same_as_model, rank_and_alpha, module_names, modules_to_save, new_tokens, special_tokens),
+    *(evaluations_per_epoch, saves_per_epoch, axolotl_modules, axolotl_plugins, checkpointing_kwargs),
+)

@@ -6,7 +6,7 @@ from pathlib import Path
 from ..files import markdown_table
 from ..recipe.keys import Key, Words, old_keys, write_keys
 from ..recipe.schema import TASKS, list_keys, task_keys
-from .migrate import ORDER, read_table
+from .migrate import read_table, systems
 
 PAGE = """# Keys
 
@@ -20,7 +20,7 @@ def list_words() -> Words:
     """Return what other tools call our keys: their name -> our key, the first of several -> the tools."""
     ours = {name for task in TASKS for name in task_keys(task)}
     words: Words = {word: {key: ["other tools"]} for word, key in COMMON.items()}
-    for system in ORDER:
+    for system in systems():
         table = read_table(system)
         for name, entry in table["settings"].items():
             key = re.split(", | or ", entry.get("keys", ""))[0]

@@ -6,29 +6,34 @@ What cannot be carried over is listed, never dropped. docs/migrating.md is writt
 
 import json
 import re
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Template
 
-from ..errors import RecipeError, user_errors
-from ..files import read_yaml, write_yaml
+from ..errors import RecipeError
+from ..files import read_text, read_yaml, write_yaml
 from ..recipe import needs, parser, schema
-from ..recipe.command_line import read_words
 from ..recipe.keys import old_keys
-from ..recipe.words import find_task, split_flags
-from .conversions import CONVERSIONS, Settings
-from .peers import INFO, find_info
+from ..recipe.words import find_task
+from . import conversions, foreign_data
+from .commands import Command, find_commands
+from .conversions import DIFFERS, LAUNCH, TO_DO, Settings, sharding
 
-ORDER = ("handbook", "openrlhf", "llamafactory", "axolotl", "swift", "open_instruct", "trl")  # of the documentation
-LAUNCH = "accelerate launch --config_file"  # a key of the tables that is not one of the recipe
-# A line of a script that sets a variable to one word
-ASSIGNMENT = re.compile(r"""^[ \t]*(?:export[ \t]+)?(\w+)=(?:"([^"$`]*)"|'([^'$`]*)'|([^\s"'$`#;]*))[ \t]*$""", re.M)
+CONVERSIONS = {function.__name__: function for function in (*conversions.FUNCTIONS, *foreign_data.FUNCTIONS)}
+FALLBACK = "trl"  # whose keys other tools share
+
+
+def systems() -> list[str]:
+    """Return the names of the tables in migrations/."""
+    return sorted(path.stem for path in Path(__file__).with_name("migrations").glob("*.yaml"))
+
+
+def titles() -> str:
+    return ", ".join(read_table(tool)["title"] for tool in systems())
 
 
 @cache
@@ -41,9 +46,17 @@ def read_table(system: str) -> dict[str, Any]:
     return table
 
 
+@cache
+def new_names(system: str) -> dict[str, str]:
+    """Return old name -> name, for the settings of a system that were renamed."""
+    settings = read_table(system)["settings"]
+    return {old: name for name, entry in settings.items() for old in entry.get("older", "").split()}
+
+
 def list_keys(entry: Mapping[str, Any]) -> str:
     """Return the recipe's keys that a setting may become, as the documentation lists them."""
     fixed = [key for case in (entry, *entry.get("cases", ())) for key in case.get("set", ())]
+    fixed = [key for key in fixed if key not in (DIFFERS, TO_DO)]
     return entry.get("keys") or ", ".join(dict.fromkeys(fixed))
 
 
@@ -82,55 +95,64 @@ def show(name: str, value: object, flag: bool = False) -> str:
 
 @dataclass
 class Migration:
-    """A recipe; the setting that each of its keys was; settings that are not carried over, and why; what is to do."""
+    """A recipe; the setting that each of its keys was; settings that are not carried over, and why; what differs in
+    spite of them; what is to do."""
 
     task: str
     source: str
     recipe: dict[str, Any] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     left: dict[str, str] = field(default_factory=dict)
+    differs: list[str] = field(default_factory=list)
     to_do: list[str] = field(default_factory=list)
-    sharding: str = "configs/accelerate/zero3.yaml"
+    sharding: str = ""
 
-    def carry_over(self, table: Mapping[str, Any], given: Settings) -> None:
-        """Add the given settings, and the defaults of their system for the others."""
-        newer = {old: name for name, entry in table["settings"].items() for old in entry.get("older", "").split()}
-        settings, shown = {"task": self.task}, {}
+    def carry_over(self, system: str, given: Settings, context: Settings, flags: bool) -> None:
+        """Add the given settings, and the defaults of their system for the others.
+
+        Args:
+            context: what conditions and conversions know in addition: the command, the folder of the file, ...
+            flags: the settings are flags of a command.
+        """
+        table, newer = read_table(system), new_names(system)
+        settings, shown = {"task": self.task, **context}, {}
         for written, value in given.items():
             name = newer.get(written, written)
-            if name == INFO:
-                settings[name] = value
-                continue
-            text = show(written, "***" if name in table["secrets"] else value, bool(table["command"]))
-            if table["command"] and re.search(r"\$([\w{(]|$)", str(value)):
+            text = show(written, "***" if name in table["secrets"] else value, flags)
+            if flags and re.search(r"\$[\w{(]", str(value)):
                 self.left[text] = "It holds a variable of the shell. Fill in the value."
             else:
                 settings[name], shown[name] = value, text
         for name, value in {**table["defaults"].get("all", {}), **table["defaults"].get(self.task, {})}.items():
             settings.setdefault(name, value)
-            shown.setdefault(name, f"default of {'--' if table['command'] else ''}{name}")
+            shown.setdefault(name, f"default of {'--' * flags}{name}")
         # A table of all settings has the order of a recipe; else the user's order is kept
         for name in dict.fromkeys([*table["settings"], *shown] if table["unlisted"] else shown):
             entry = table["settings"].get(name, {"note": table["unlisted"]} if table["unlisted"] else {"keys": name})
-            if "tasks" in table and name not in {*table["settings"], *schema.task_keys(self.task)}:
-                entry = {"note": "It has no counterpart in tunebook."}
             if name in shown:
                 self.add(name, entry, settings, shown[name])
-        self.sharding = self.recipe.pop(LAUNCH, self.sharding)
+        self.sharding = self.recipe.pop(LAUNCH, table["sharding"])
 
     def add(self, name: str, entry: Mapping[str, Any], settings: Settings, shown: str) -> None:
         """Add one setting; `shown` is the setting in one line."""
         try:
             keys = convert(entry, settings[name], settings)
+        except RecipeError:
+            raise
         except (TypeError, ValueError, KeyError, AttributeError):
             self.left[shown] = entry.get("otherwise", f"This is not a value of `{name}`.")
             return
-        if keys == {} and not shown.startswith("default of "):
+        says_nothing = shown.startswith("default of ") or (settings[name] is False and "otherwise" not in entry)
+        if keys == {} and not says_nothing:
             off = "It is off, or has no effect in this combination."
-            self.left[shown] = entry.get("otherwise", off) if list_keys(entry) else entry.get("note", off)
+            self.left[shown] = entry.get("otherwise", off if list_keys(entry) else entry.get("note", off))
         origin = f"{shown}. {entry['caveat']}" if "caveat" in entry else shown
         for key, new in (keys or {}).items():
-            if self.recipe.setdefault(key, new) != new:
+            if key in (DIFFERS, TO_DO):
+                (self.differs if key == DIFFERS else self.to_do).extend(new)
+            elif self.recipe.setdefault(key, new) != new and shown.startswith("default of "):
+                continue
+            elif self.recipe[key] != new:
                 self.left[shown] = f"The recipe already has `{show(key, self.recipe[key])}`."
             elif shown != show(key, new):
                 self.origins[key] = f"{self.origins[key]}, {origin}" if key in self.origins else origin
@@ -151,11 +173,14 @@ class Migration:
     def drop(self, reasons: Mapping[str, str]) -> None:
         for name, why in reasons.items():
             shown = show(name, self.recipe.pop(name))
-            self.left[self.origins.pop(name, shown)] = why
+            shown = self.origins.pop(name, shown)
+            if not shown.startswith("default of "):
+                self.left[shown] = why
 
     def remarks(self) -> list[str]:
         """Return what is not carried over and what is to do, in lines."""
-        lists = {"Not carried over": [f"{shown}: {why}" for shown, why in self.left.items()], "To do": self.to_do}
+        left = [f"{shown}: {why}" for shown, why in self.left.items()]
+        lists = {"Not carried over": left, "Different here": self.differs, "To do": self.to_do}
         return [line for title, lines in lists.items() if lines for line in (f"{title}:", *(f"  {x}" for x in lines))]
 
     def __str__(self) -> str:
@@ -168,117 +193,108 @@ class Migration:
         return text + "".join(f"# {line}\n" for line in self.remarks())
 
 
-def find_commands(text: str) -> list[tuple[str, re.Match[str]]]:
-    """Return the system and the place of each training command in a text, outside of comments."""
-    found = [
-        (name, match)
-        for name in ORDER
-        if (pattern := read_table(name)["command"])
-        for match in re.finditer(pattern, text)
-    ]
-    return [(name, m) for name, m in found if "#" not in text[text.rfind("\n", 0, m.start()) + 1 : m.start()]]
-
-
-def fill_in(text: str) -> str:
-    """Return a script with the variables that it sets to plain words replaced by them."""
-    values = {name: next(filter(None, words), "") for name, *words in ASSIGNMENT.findall(text)}
-    return re.sub(r"\$(?:\{(\w+)\}|(\w+))", lambda m: values.get(m[1] or m[2], m[0]), text)
-
-
-def read_command(text: str, task: str | None) -> tuple[str, dict[str, Any]]:
-    """Return the system, and the flags with the name of the command, of the one training command in a text, such as a
-    shell script."""
-    text = fill_in(re.sub(r"\\\n", " ", text))
-    found = [
-        (name, match)
-        for name, match in find_commands(text)
-        if task is None or task in tasks_of(read_table(name), {"command": match["command"]})
-    ]
-    if len(found) != 1:
-        known = ", ".join(read_table(name)["title"] for name in ORDER if read_table(name)["command"])
-        hint = " Choose one with --task." if found else ""
-        raise RecipeError(f"One training command is needed, of {known}; found: {len(found)}.{hint}")
-    [(name, match)] = found
-    rest = text[match.end() :]
-    # Bash's $'...' knows escapes; shlex does not. The 2 of 2>&1 is not a value of the last flag.
-    rest = re.sub(r"\$'((?:[^'\\]|\\.)*)'", lambda m: shlex.quote(m[1].replace("\\n", "\n").replace("\\'", "'")), rest)
-    rest = re.sub(r"(?<=\s)\d(?=>)", "", rest)
-    ends = ";<>|&()\n"
-    lexer = shlex.shlex(rest, posix=True, punctuation_chars=ends)
-    lexer.whitespace, lexer.whitespace_split, lexer.commenters = " \t\r", True, ""
-    with user_errors():
-        words = list(takewhile(lambda word: word[:1] != "#" and (not word or set(word) - set(ends)), lexer))
-    flags = {flag: read_words(values) for flag, values in split_flags(words).items()}
-    return name, {"command": match["command"], **flags}
-
-
-def tasks_of(table: Mapping[str, Any], settings: Settings) -> list[str]:
-    """Return the tasks that a system's settings may be for: by the command alone, more than one."""
-    known = [task for task, condition in table["tasks"].items() if needs.holds(condition, settings)]
-    alone = set(settings) == {"command"}
-    return known or [
-        task for task, text in table["tasks"].items() if alone and f"command: {settings['command']}" in text
-    ]
-
-
-def read_settings(path: Path) -> tuple[str, dict[str, Any]]:
-    """Return the one system that knows the names in a YAML file, and its settings.
+def recognize(settings: Settings, name: str) -> str:
+    """Return the tool to which the settings of a file belong: the one that alone has such names.
 
     Raises:
-        RecipeError: for a file of none.
+        RecipeError: when they are of no tool, or of several.
     """
-    settings = parser.read_recipe(path)
-    conditions = {name: read_table(name).get("recognized") for name in ORDER}
-    found = [name for name, condition in conditions.items() if condition and needs.holds(condition, settings)]
+    marks = {tool: [mark for mark in read_table(tool)["marks"] if mark in settings] for tool in systems()}
+    found = {tool: names for tool, names in marks.items() if names}
+    if len(found) > 1:
+        found.pop(FALLBACK, None)
+    if len(found) == 1:
+        return next(iter(found))
+    if not found:
+        raise RecipeError(f"{name} has no key by which a file of one of these is known: {titles()}.")
+    shown = "; ".join(f"{', '.join(names)} of {read_table(tool)['title']}" for tool, names in found.items())
+    raise RecipeError(f"{name} has keys of several tools: {shown}. Leave the settings of one.")
+
+
+def find_file(name: str, folder: Path) -> Path:
+    """Return a file that a command names, from here or from a folder above the script.
+
+    Raises:
+        RecipeError: when it is not there.
+    """
+    path = next((above / name for above in (Path(), folder, *folder.parents) if (above / name).is_file()), None)
+    if path is None:
+        raise RecipeError(f"The command reads its settings from {name}, which is not there. Migrate that file.")
+    return path
+
+
+def find_task_of(table: Mapping[str, Any], given: Settings, name: str, task: str | None) -> str:
+    """Return the task of settings.
+
+    Raises:
+        RecipeError: when tunebook cannot train so, or it is another than `task`.
+    """
+    why = next((rule["why"] for rule in table["refused"] if needs.holds(rule["if"], given)), None)
+    if why is not None:
+        raise RecipeError(f"{name} cannot be migrated. {why}")
+    found = next((task for task, condition in table["tasks"].items() if needs.holds(condition, given)), None)
+    if None not in (found, task) and found != task:
+        raise RecipeError(f"{name} is for --task {found}, not {task}.")
+    words = [word for part in reversed(Path(name).parts) for word in re.split(r"[^a-z]+", part.lower())]
+    return find_task(name, found or task or next((word for word in words if word in schema.TASKS), None))
+
+
+def choose_command(text: str, task: str | None) -> Command:
+    """Return the one command of a text, such as a shell script, that trains, or trains `task`.
+
+    Raises:
+        RecipeError: when there are none or several.
+    """
+    found = find_commands(text, {tool: read_table(tool)["commands"] for tool in systems()})
+    if len(found) > 1 and task:
+        conditions = {tool: read_table(tool)["tasks"][task] for tool in systems()}
+        found = [one for one in found if needs.holds(conditions[one.tool], {"command": one.word, **one.flags})]
     if len(found) != 1:
-        known = ", ".join(read_table(name)["title"] for name in ORDER if conditions[name])
-        raise RecipeError(f"{path} is not recognized as a file of {known}: no key tells which.")
-    return found[0], settings
+        hint = " Choose one with --task, or put it into a file of its own." if found else ""
+        raise RecipeError(f"One command of {titles()} is needed; found: {len(found)}.{hint}")
+    return found[0]
+
+
+def read_source(source: str, task: str | None) -> tuple[str, str, dict[str, Any], Command | None]:
+    """Return the tool of settings, the name of their file, the settings, and the command if they are of one.
+
+    Raises:
+        RecipeError: when `source` is neither a file of settings nor a command, nor a script with one command.
+    """
+    path, patterns = Path(source), [read_table(tool)["commands"] for tool in systems()]
+    is_command = any(re.search(pattern, source) for pattern in patterns) and not (len(source) < 255 and path.is_file())
+    if not is_command and path.suffix in (".yaml", ".yml", ".json"):
+        given = parser.set_push_key(parser.read_recipe(path))
+        return recognize(given, path.name), path.name, given, None
+    if not is_command and not path.is_file():
+        raise RecipeError(f"{source} is neither a file nor a command of {titles()}.")
+    command = choose_command(source if is_command else read_text(path), task)
+    files = [find_file(name, Path() if is_command else path.absolute().parent) for name in command.files]
+    given = {key: value for file in files for key, value in parser.read_recipe(file).items()} | command.flags
+    return command.tool, read_table(command.tool)["title"] if is_command else path.name, given, command
 
 
 def migrate(source: str, task: str | None = None) -> Migration:
-    """Turn the settings of a system in migrations/ into a recipe: a YAML file, a command, or a script with one.
+    """Turn settings of another tool, a YAML or JSON file, a command or a script with one, into a recipe.
 
     Raises:
-        RecipeError: when `source` is none of them, its task is not known, or it trains what tunebook does not.
+        RecipeError: when `source` is none of them, its task is not known, or tunebook cannot train so.
     """
-    path, is_command = Path(source), bool(find_commands(source))
-    if not is_command and path.suffix in (".yaml", ".yml"):
-        name, given = read_settings(path)
-    elif is_command or path.is_file():
-        name, given = read_command(source if is_command else path.read_text(encoding="utf-8"), task)
-    else:
-        raise RecipeError(f"{source} is neither a file nor a command of a system that can be migrated.")
-    table, shown = read_table(name), read_table(name)["title"] if is_command else path.name
-    if "files" in table and "command" not in given:
-        words = {*re.split(r"[^a-z]+", path.as_posix().lower())}
-        named = next((task for task in table["files"] if task in words), None)
-        given = {"command": table["files"][find_task(path, task or named)], **given}
-    if "tasks" not in table:
-        done = Migration(find_task(path, task), shown)
-        done.carry_over(table, parser.set_push_key(given))
-    else:
-        done = carry_over_task(table, given, shown, path)
+    tool, name, given, command = read_source(source, task)
+    table, newer = read_table(tool), new_names(tool)
+    if not table["keeps_null"]:
+        given = {key: value for key, value in given.items() if value not in (None, "", [], {})}
+    where = Path(source).absolute().parent if name == Path(source).name else Path.cwd()
+    context = {"command": command.word if command else "", "folder": str(where), "types": table.get("types", {})}
+    context |= command.variables if command else {}
+    known = context | {newer.get(key, key): value for key, value in given.items()}
+    done = Migration(find_task_of(table, known, str(where / name), task), name)
+    done.carry_over(tool, given, context, flags=command is not None and not command.files)
+    if command:
+        done.differs += command.remarks
+        if done.sharding == table["sharding"]:
+            done.sharding = sharding(command.launcher, {}).get(LAUNCH, done.sharding)
     done.check()
-    return done
-
-
-def carry_over_task(table: Mapping[str, Any], settings: Settings, shown: str, path: Path) -> Migration:
-    """Carry over settings that say which task they are for."""
-    given = {name: value for name, value in settings.items() if value is not None}
-    for rule in table["refused"]:
-        if needs.holds(rule["if"], given):
-            raise RecipeError(f"{shown}: {rule['why']}")
-    if not (tasks := tasks_of(table, {**given, "": None})):
-        which = ("command", "stage", "rl", "rlhf_type", "process_reward_model")
-        what = ", ".join(show(name, given[name]) for name in which if name in given)
-        raise RecipeError(f"{shown}: {what} is neither SFT nor a reward model nor DPO.")
-    if (info := find_info(path, given)) is not None:
-        given[INFO] = info
-    done = Migration(tasks[0], shown)
-    if info is None and {"dataset", "dataset_dir"} <= table["settings"].keys() and "dataset" in given:
-        done.to_do.append(f"{INFO} was not found: replace the names of data sets by files, folders or Hub ids.")
-    done.carry_over(table, given)
     return done
 
 
@@ -286,4 +302,4 @@ def tables() -> str:
     """Return docs/migrating.md from its first table on."""
     page = Path(__file__).with_name("migrations") / "page.jinja"
     template = Template(page.read_text(encoding="utf-8"), trim_blocks=True, lstrip_blocks=True)
-    return template.render(tables=[read_table(name) for name in ORDER], list_keys=list_keys)
+    return template.render(tables=[read_table(tool) for tool in systems()], list_keys=list_keys)
